@@ -1,0 +1,355 @@
+"""Training a supernet: sampled architectures, one optimizer, resumable at every step.
+
+All randomness is a function of (seed, step): data order, augmentation and architectures of a step do not
+depend on what ran before it, so a run that was killed goes on with exactly the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nas.checkpoints import load_checkpoint, save_checkpoint
+from nas.data import Data, augment
+from nas.evaluate import accuracy, calibration_images, recalibrate
+from nas.strategies import STRATEGIES, Strategy
+from nas.supernet import Supernet
+from search_spaces import Architecture
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 60.0
+ARITHMETICS = ("fp32", "fp32_channels_last", "bf16_channels_last")
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer finite."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a supernet is trained.
+
+    strategy: which architectures a step trains; see `nas.strategies`.
+    architectures: size of the strategy's fixed set.
+    micro_batches: architectures trained, and gradients accumulated, in one step.
+    arithmetic: fp32, fp32_channels_last, bf16_channels_last, or auto, which times a few steps of each.
+    warmup: share of all steps in which the learning rate rises linearly; then it follows a cosine to zero.
+    crop_padding: pixels of reflected border from which random crops are taken.
+    evaluate_every: epochs between evaluations of the smallest and the largest subnet.
+    """
+
+    strategy: str = "sorted"
+    architectures: int = 160
+    epochs: int = 20
+    batch_size: int = 64
+    micro_batches: int = 1
+    optimizer: str = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup: float = 0.05
+    label_smoothing: float = 0.1
+    flip: bool = False
+    crop_padding: int = 0
+    arithmetic: str = "auto"
+    evaluate_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"train.strategy = {self.strategy!r}; expected one of {', '.join(STRATEGIES)}")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"train.optimizer = {self.optimizer!r}; expected sgd or adamw")
+        if self.arithmetic not in ("auto", *ARITHMETICS):
+            raise ValueError(f"train.arithmetic = {self.arithmetic!r}; expected auto, {', '.join(ARITHMETICS)}")
+        for name in ("epochs", "batch_size", "micro_batches", "evaluate_every", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name} = {getattr(self, name)}; expected more than 0")
+
+
+def learning_rate_at(step: int, steps: int, settings: TrainSettings) -> float:
+    """Linear warm-up, then a cosine that ends at zero."""
+    warm = max(1, round(settings.warmup * steps))
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(
+    supernet: Supernet,
+    data: Data,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    settings: TrainSettings | None = None,
+    **options: object,
+) -> dict[str, float]:
+    """Train a supernet in place; returns the last loss and the accuracies of the smallest and largest subnet.
+
+    Args:
+        supernet: of a space that fits the data's channels and classes.
+        data: its train split is trained on; calibration and val_search are used for evaluations.
+        seed: of data order, augmentation and architectures.
+        folder: where checkpoints (`supernet/`) and `metrics.jsonl` go; a run found there goes on. None keeps nothing.
+        settings: how; or give fields of `TrainSettings` as keywords.
+
+    Raises TrainingDiverged when the loss is not finite (the last good checkpoint stays), ValueError when the
+    space does not fit the data.
+    """
+    settings = settings or TrainSettings(**options)  # type: ignore[arg-type]
+    check_fit(supernet, data)
+    return _Trainer(supernet, data, settings, seed, folder).run()
+
+
+def check_fit(supernet: Supernet, data: Data) -> None:
+    """Raise ValueError when a space was made for other images or classes than the data has."""
+    channels = supernet.network(supernet.space.smallest).input_shape[0]
+    if channels != data.channels:
+        raise ValueError(f"the space takes {channels} channels, {data.name} has {data.channels}; set space.channels")
+    if supernet.space.classes != len(data.classes):
+        raise ValueError(
+            f"the space has {supernet.space.classes} classes, {data.name} has {len(data.classes)}; set space.classes"
+        )
+
+
+class _Trainer:
+    """The state of one training: everything that a checkpoint holds, and what is derived from it."""
+
+    def __init__(
+        self, supernet: Supernet, data: Data, settings: TrainSettings, seed: int, folder: Path | None
+    ) -> None:
+        self.supernet, self.data, self.settings, self.seed, self.folder = supernet, data, settings, seed, folder
+        self.device = pick_device()
+        self.supernet.to(self.device)
+        self.strategy: Strategy = STRATEGIES[settings.strategy](supernet.space, seed, settings.architectures)
+        self.optimizer = _optimizer(supernet, settings)
+        per_step = settings.batch_size * settings.micro_batches
+        self.steps_an_epoch = max(1, len(data["train"]) // per_step)
+        self.steps = self.steps_an_epoch * settings.epochs
+        self.step = 0
+        self.arithmetic = settings.arithmetic
+        self.results: dict[str, float] = {}
+
+    def run(self) -> dict[str, float]:
+        self._restore()
+        if self.arithmetic == "auto":
+            self.arithmetic = self._fastest_arithmetic()
+        saved = time.monotonic()
+        with tqdm(total=self.steps, initial=self.step, desc="train", unit="step", smoothing=0.02) as bar:
+            while self.step < self.steps:
+                epoch = self.step // self.steps_an_epoch
+                for batches in self._epoch(epoch):
+                    loss = self._train_step(batches)
+                    self.step += 1
+                    bar.update()
+                    self._show(bar, loss)
+                    if time.monotonic() - saved > CHECKPOINT_SECONDS and self.step % self.steps_an_epoch:
+                        self._save()
+                        saved = time.monotonic()
+                self._end_epoch(epoch + 1, loss)
+                saved = time.monotonic()
+        return self.results
+
+    # one step ------------------------------------------------------------------------------------------
+
+    def _epoch(self, epoch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The micro-batches of each remaining step of an epoch."""
+        settings, split = self.settings, self.data["train"]
+        order = np.random.default_rng([self.seed, 3, epoch]).permutation(len(split))
+        count = self.steps_an_epoch * settings.micro_batches
+        batches = np.array_split(order[: count * settings.batch_size], count)
+        first = (self.step - epoch * self.steps_an_epoch) * settings.micro_batches
+        streamed = split.batches(settings.batch_size, batches[first:])
+        while group := [batch for _, batch in zip(range(settings.micro_batches), streamed, strict=False)]:
+            yield group
+
+    def _train_step(self, batches: list[tuple[Tensor, Tensor]]) -> float:
+        self.supernet.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, self.steps, self.settings)
+        self.optimizer.zero_grad(set_to_none=True)
+        architectures = self.strategy.architectures(self.step, len(batches))
+        generator = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, 4, self.step]).integers(2**62)))
+        total = 0.0
+        for (pixels, labels), architecture in zip(batches, architectures, strict=True):
+            pixels = augment(
+                pixels.to(self.device),
+                flip=self.settings.flip,
+                crop_padding=self.settings.crop_padding,
+                generator=generator,
+            )
+            loss = self._loss(self.supernet, pixels, labels, architecture, self.arithmetic) / len(batches)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        if not math.isfinite(total):
+            raise TrainingDiverged(self._divergence(total))
+        self.optimizer.step()
+        return total
+
+    def _loss(
+        self, supernet: Supernet, pixels: Tensor, labels: Tensor, architecture: Architecture, arithmetic: str
+    ) -> Tensor:
+        x = self.data.prepare(pixels, supernet.network(architecture).input_shape[1])
+        if arithmetic.endswith("channels_last"):
+            x = x.to(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=arithmetic.startswith("bf16")):
+            logits = supernet(x, architecture)
+        return F.cross_entropy(
+            logits.float(), labels.to(self.device), label_smoothing=self.settings.label_smoothing
+        )
+
+    def _fastest_arithmetic(self) -> str:
+        """Time forward and backward of a middle network in each arithmetic; fp32 unless another is 10 % faster."""
+        count = min(self.settings.batch_size, len(self.data["train"]))
+        pixels, labels = next(self.data["train"].batches(count, [np.arange(count)]))
+        pixels = pixels.to(self.device)
+        architectures = self.strategy.architectures(0, 2)
+        trial = copy.deepcopy(self.supernet)
+        seconds: dict[str, float] = {}
+        for _ in range(3):  # interleaved, and the best of three, since machines have slow moments
+            for arithmetic in ARITHMETICS:
+                start = time.perf_counter()
+                for architecture in architectures:
+                    self._loss(trial, pixels, labels, architecture, arithmetic).backward()  # type: ignore[no-untyped-call]
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds[arithmetic] = min(seconds.get(arithmetic, math.inf), time.perf_counter() - start)
+        best = min(seconds, key=lambda name: seconds[name] * (1.0 if name != "fp32" else 0.9))
+        shown = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in seconds.items())
+        log.info("training in %s (%s)", best, shown)
+        return best
+
+    # around the steps ----------------------------------------------------------------------------------
+
+    def _show(self, bar: tqdm[object], loss: float) -> None:
+        if self.step % 10 and self.step != self.steps:
+            return
+        rate = bar.format_dict["rate"] or 0.0
+        images = rate * self.settings.batch_size * self.settings.micro_batches
+        shown = {"loss": f"{loss:.3f}", "images/s": f"{images:.0f}"}
+        if self.results:
+            shown |= {"smallest": f"{self.results['smallest']:.1%}", "largest": f"{self.results['largest']:.1%}"}
+        bar.set_postfix(shown, refresh=False)
+
+    def _end_epoch(self, epoch: int, loss: float) -> None:
+        last = epoch == self.settings.epochs
+        if last or epoch % self.settings.evaluate_every == 0:
+            self.results = {"loss": loss, **self._accuracies()}
+            self._record({"step": self.step, "epoch": epoch, **self.results})
+        self._save()
+
+    def _accuracies(self) -> dict[str, float]:
+        space = self.supernet.space
+        found = {}
+        for name, architecture in (("smallest", space.smallest), ("largest", space.largest)):
+            subnet = self.supernet.extract(architecture)
+            recalibrate(subnet, [x.to(self.device) for x in calibration_images(self.data, subnet)])
+            found[name] = accuracy(subnet, self.data, "val_search")
+        return found
+
+    def _record(self, entry: dict[str, float]) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+
+    def _divergence(self, loss: float) -> str:
+        kept = f"the last good checkpoint stays in {self.folder / 'supernet'}; " if self.folder else ""
+        return (
+            f"the loss became {loss} at step {self.step} of {self.steps}; {kept}"
+            f"lower train.learning_rate (now {self.settings.learning_rate:g}) or raise train.warmup "
+            f"(now {self.settings.warmup:g}) and start again"
+        )
+
+    # checkpoints ---------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        tensors = {f"weights/{name}": tensor for name, tensor in self.supernet.state_dict().items()}
+        names = {parameter: name for name, parameter in self.supernet.named_parameters()}
+        for parameter, held in self.optimizer.state.items():
+            tensors |= {
+                f"optimizer/{names[parameter]}/{key}": value
+                for key, value in held.items()
+                if isinstance(value, Tensor)
+            }
+        state = {
+            "step": self.step,
+            "steps": self.steps,
+            "arithmetic": self.arithmetic,
+            "results": self.results,
+            "settings": asdict(self.settings),
+            "seed": self.seed,
+            "data": self.data.key,
+            "space": self.supernet.space.name,
+        }
+        save_checkpoint(self.folder / "supernet", self.step, tensors, state)
+
+    def _restore(self) -> None:
+        found = load_checkpoint(self.folder / "supernet") if self.folder is not None else None
+        if found is None:
+            return
+        tensors, state = found
+        expected = {"space": self.supernet.space.name, "data": self.data.key, "settings": asdict(self.settings)}
+        changed = [name for name, value in expected.items() if state[name] != value]
+        if changed or state["seed"] != self.seed:
+            raise ValueError(
+                f"{self.folder} was trained with another {', '.join(changed) or 'seed'}; "
+                "use another run directory, or delete its supernet folder"
+            )
+        load_weights(self.supernet, tensors)
+        for name, parameter in self.supernet.named_parameters():
+            prefix = f"optimizer/{name}/"
+            held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if held:
+                self.optimizer.state[parameter] = {
+                    key: value.to(self.device) if key != "step" else value for key, value in held.items()
+                }
+        self.step, self.arithmetic = int(state["step"]), str(state["arithmetic"])  # type: ignore[call-overload]
+        self.results = dict(state["results"])  # type: ignore[call-overload]
+        _truncate_metrics(self.folder, self.step)
+        if self.step < self.steps:
+            log.info("going on from step %d of %d", self.step, self.steps)
+
+
+def load_weights(supernet: Supernet, tensors: dict[str, Tensor]) -> None:
+    """Put the weights of a checkpoint into a supernet of the same space."""
+    prefix = "weights/"
+    supernet.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+def _truncate_metrics(folder: Path | None, step: int) -> None:
+    """Drop what was recorded after the checkpoint, since it will be recorded again."""
+    if folder is None or not (folder / "metrics.jsonl").exists():
+        return
+    path = folder / "metrics.jsonl"
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _optimizer(supernet: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Weight decay on matrices and kernels only, not on biases, norms and positions (arXiv 1812.01187)."""
+    decayed = [p for name, p in supernet.named_parameters() if name.endswith(".weight")]
+    rest = [p for name, p in supernet.named_parameters() if not name.endswith(".weight")]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate)
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0)

@@ -1,0 +1,334 @@
+"""MobileNetV2/V3 spaces: stages of inverted residual blocks (arXiv 1801.04381, 1905.02244).
+
+    stem (3x3) -> stage1 -> ... -> stageN -> head (1x1) -> global average pool -> classifier
+
+Elastic: input resolution; width of stem, stages and head; depth of each stage; kernel, expansion and
+squeeze-excite of each block; precision of each convolution and of the classifier. Blocks are shared by
+position: a shallower stage is the first blocks of a deeper one. The first block of a stage has no shortcut,
+whatever its widths, so that a weight always sees the same kind of block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+from search_spaces import layers as L
+from search_spaces.family import (
+    LARGEST_RESOLUTION,
+    SMALLEST_RESOLUTION,
+    SettingReader,
+    deeper_than,
+    precision_choice,
+    square_input,
+)
+from search_spaces.layers import INPUT, PREV, Layer, Port, port
+from search_spaces.precision import precision_of
+from search_spaces.space import Choice, Condition, SearchSpace, Slot, Value, Values
+
+NONLINEARITIES = ("relu", "relu6", "hardswish")
+
+
+def round_width(width: float, divisor: int) -> int:
+    """The multiple of `divisor` nearest to `width`, at least `divisor` and never below 90 % of it."""
+    rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * width else rounded
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """What a block's slot must know besides the values it reads."""
+
+    name: str
+    stage: str
+    previous: str  # the place whose width feeds the stage
+    index: int
+    stride: int
+    reduction: int  # resolution / reduction is the input size of the stage
+    nonlinearity: str
+    padding: str
+    divisor: int
+
+
+def _size(resolution: Value, reduction: int) -> int:
+    return -(-int(resolution) // reduction)
+
+
+def _conv(
+    name: str,
+    source: Port,
+    width: int,
+    values: Values,
+    nonlinearity: str,
+    *,
+    kernel: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    padding: str = "symmetric",
+    norm: bool = True,
+) -> tuple[list[Layer], Port]:
+    """A convolution with its activation: fused where runtimes fuse it, else a layer of its own."""
+    fused = nonlinearity if nonlinearity in L.FUSED_ACTIVATIONS else ""
+    made = [
+        L.conv2d(
+            name,
+            source,
+            width,
+            kernel=kernel,
+            stride=stride,
+            groups=groups,
+            norm=norm,
+            activation=fused,
+            padding=padding,
+            precision=precision_of(str(values[f"{name}.precision"])),
+        )
+    ]
+    if nonlinearity != fused:
+        made.append(L.activation(f"{name}.activation", port(made[-1]), nonlinearity))
+    return made, port(made[-1])
+
+
+def _squeeze_excite(name: str, source: Port, values: Values, divisor: int) -> tuple[list[Layer], Port]:
+    """Channel attention: pool, reduce to a quarter, expand, scale (arXiv 1709.01507; hard sigmoid as in V3)."""
+    channels = source.shape[0]
+    pool = L.global_average_pool(f"{name}.pool", source)
+    reduce, reduced = _conv(
+        f"{name}.reduce", port(pool), round_width(channels / 4, divisor), values, "relu", norm=False
+    )
+    expand, expanded = _conv(f"{name}.expand", reduced, channels, values, "hardsigmoid", norm=False)
+    scale = L.multiply(f"{name}.scale", source, expanded)
+    return [pool, *reduce, *expand, scale], port(scale)
+
+
+def _lower_block(block: _Block, values: Values) -> tuple[Layer, ...]:
+    if int(values[f"{block.stage}.depth"]) <= block.index:
+        return ()
+    width = int(values[f"{block.stage}.width"])
+    in_width = width if block.index else int(values[f"{block.previous}.width"])
+    size = _size(values["resolution"], block.reduction * (1 if block.index == 0 else block.stride))
+    stride = 1 if block.index else block.stride
+    source = tensor = Port(PREV, (in_width, size, size))
+    expansion = values[f"{block.name}.expansion"]
+    hidden = in_width if expansion == 1 else round_width(in_width * float(expansion), block.divisor)
+    made: list[Layer] = []
+    if expansion != 1:
+        expand, tensor = _conv(f"{block.name}.expand", tensor, hidden, values, block.nonlinearity)
+        made += expand
+    depthwise, tensor = _conv(
+        f"{block.name}.depthwise",
+        tensor,
+        hidden,
+        values,
+        block.nonlinearity,
+        kernel=int(values[f"{block.name}.kernel"]),
+        stride=stride,
+        groups=hidden,
+        padding=block.padding,
+    )
+    made += depthwise
+    if values[f"{block.name}.squeeze_excite"]:
+        excite, tensor = _squeeze_excite(f"{block.name}.squeeze_excite", tensor, values, block.divisor)
+        made += excite
+    project, tensor = _conv(f"{block.name}.project", tensor, width, values, "")
+    made += project
+    if block.index:
+        made.append(L.add(f"{block.name}.add", tensor, source))
+    return tuple(made)
+
+
+def _lower_stem(channels: int, stride: int, nonlinearity: str, padding: str, values: Values) -> tuple[Layer, ...]:
+    resolution = int(values["resolution"])
+    source = Port(INPUT, (channels, resolution, resolution))
+    made, _ = _conv(
+        "stem", source, int(values["stem.width"]), values, nonlinearity, kernel=3, stride=stride, padding=padding
+    )
+    return tuple(made)
+
+
+def _lower_head(classes: int, last: str, reduction: int, nonlinearity: str, values: Values) -> tuple[Layer, ...]:
+    size = _size(values["resolution"], reduction)
+    source = Port(PREV, (int(values[f"{last}.width"]), size, size))
+    head, tensor = _conv("head", source, int(values["head.width"]), values, nonlinearity)
+    pool = L.global_average_pool("pool", tensor)
+    flat = L.reshape("flatten", port(pool), (tensor.shape[0],))
+    classifier = L.linear(
+        "classifier", port(flat), classes, precision=precision_of(str(values["classifier.precision"]))
+    )
+    return (*head, pool, flat, classifier)
+
+
+class MobileNet(SearchSpace):
+    """Inverted-residual networks for square images of 8 to 224 pixels.
+
+    Args:
+        resolutions: input sides, in pixels.
+        channels: channels of the input image.
+        classes: number of classes.
+        widths: width of each stage at multiplier 1, in channels.
+        width_multipliers: options for the width of stem, stages and head; rounded to `divisor` channels.
+        depths: options for the number of blocks of each stage.
+        kernels: options for the depthwise kernel of each block (odd).
+        expansions: options for the expansion of each block; 1 leaves the expanding convolution out.
+        squeeze_excite: options for squeeze-excite in each block.
+        precisions: options for the precision of each layer with weights.
+        strides: stride of each stage, 1 or 2; by default as many 2s as keep the last map at 4 pixels or more.
+        stem_width: width of the stem at multiplier 1.
+        stem_stride: stride of the stem; by default 1 below 64 pixels, else 2.
+        head_width: width of the last 1x1 convolution at multiplier 1.
+        nonlinearity: relu, relu6 or hardswish.
+        padding: `symmetric`, or `same` (TensorFlow's, which microcontrollers need not copy for).
+        divisor: widths are multiples of it.
+
+    Raises ValueError, saying which argument, for values no network can take.
+    """
+
+    def __init__(
+        self,
+        resolutions: Sequence[int] = (32,),
+        channels: int = 3,
+        classes: int = 10,
+        widths: Sequence[int] = (16, 24, 40, 80),
+        width_multipliers: Sequence[float] = (0.5, 0.75, 1.0),
+        depths: Sequence[int] = (1, 2, 3),
+        kernels: Sequence[int] = (3, 5),
+        expansions: Sequence[float] = (2, 4),
+        squeeze_excite: Sequence[bool] = (False,),
+        precisions: Sequence[str] = ("fp32", "int8"),
+        strides: Sequence[int] | None = None,
+        stem_width: int = 16,
+        stem_stride: int | None = None,
+        head_width: int = 128,
+        nonlinearity: str = "relu6",
+        padding: str = "symmetric",
+        divisor: int = 8,
+    ) -> None:
+        read = SettingReader("mobilenet")
+        resolutions = read.whole_options("resolutions", resolutions, SMALLEST_RESOLUTION, LARGEST_RESOLUTION)
+        channels, classes = read.whole("channels", channels), read.whole("classes", classes, 2)
+        widths = read.wholes("widths", widths)
+        width_multipliers = read.number_options("width_multipliers", width_multipliers, 0.01)
+        depths = read.whole_options("depths", depths)
+        kernels = read.whole_options("kernels", kernels)
+        expansions = read.number_options("expansions", expansions, 1)
+        excitations = read.flag_options("squeeze_excite", squeeze_excite)
+        precisions = read.precisions("precisions", precisions)
+        smallest = resolutions[0]
+        stem_stride = read.whole(
+            "stem_stride", (1 if smallest < 64 else 2) if stem_stride is None else stem_stride, 1, 2
+        )
+        if strides is None:
+            strides = _default_strides(smallest, stem_stride, len(widths))
+        strides = read.wholes("strides", strides, 1, 2)
+        stem_width, head_width = read.whole("stem_width", stem_width), read.whole("head_width", head_width)
+        nonlinearity = read.one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+        padding = read.one_of("padding", padding, L.PADDINGS)
+        divisor = read.whole("divisor", divisor)
+        if not widths:
+            read.refuse("widths", list(widths), "at least one stage")
+        if any(kernel % 2 == 0 for kernel in kernels):
+            read.refuse("kernels", list(kernels), "odd sizes")
+        if len(strides) != len(widths):
+            read.refuse("strides", list(strides), f"{len(widths)}, one for each stage")
+        total_stride = stem_stride * prod(strides)
+        if smallest < total_stride:
+            read.refuse("resolutions", list(resolutions), f"at least {total_stride} pixels, the product of the strides")
+
+        def width(place: str, base: int) -> Choice:
+            options = sorted({round_width(base * multiplier, divisor) for multiplier in width_multipliers})
+            for option in options if place != "head" else ():
+                hidden = [round_width(option * expansion, divisor) for expansion in expansions if expansion != 1]
+                if len(set(hidden)) != len(hidden):
+                    expected = f"options that differ once {option} channels times each are rounded to {divisor}s"
+                    read.refuse("expansions", list(expansions), expected)
+            return Choice(f"{place}.width", tuple(options), "width")
+
+        choices = [Choice("resolution", resolutions, "resolution"), width("stem", stem_width)]
+        choices.append(precision_choice("stem", precisions))
+        slots = [
+            Slot(
+                "stem",
+                ("resolution", "stem.width", "stem.precision"),
+                partial(_lower_stem, channels, stem_stride, nonlinearity, padding),
+            )
+        ]
+        reduction, previous = stem_stride, "stem"
+        for number, (base, stride) in enumerate(zip(widths, strides, strict=True), start=1):
+            stage = f"stage{number}"
+            choices += [width(stage, base), Choice(f"{stage}.depth", depths, "depth")]
+            for index in range(depths[-1]):
+                name = f"{stage}.block{index}"
+                block = _Block(name, stage, previous, index, stride, reduction, nonlinearity, padding, divisor)
+                when = deeper_than(index, f"{stage}.depth", depths)
+                own = _block_choices(name, when, kernels, expansions, excitations, precisions)
+                choices += own
+                shared = ["resolution", f"{stage}.width", f"{stage}.depth"]
+                shared += [] if index else [f"{previous}.width"]
+                slots.append(Slot(name, (*shared, *(c.name for c in own)), partial(_lower_block, block)))
+            reduction, previous = reduction * stride, stage
+        choices.append(width("head", head_width))
+        choices += [precision_choice("head", precisions), precision_choice("classifier", precisions)]
+        slots.append(
+            Slot(
+                "head",
+                ("resolution", f"{previous}.width", "head.width", "head.precision", "classifier.precision"),
+                partial(_lower_head, classes, previous, reduction, nonlinearity),
+            )
+        )
+        settings: dict[str, object] = {
+            "resolutions": list(resolutions),
+            "channels": channels,
+            "classes": classes,
+            "widths": list(widths),
+            "width_multipliers": list(width_multipliers),
+            "depths": list(depths),
+            "kernels": list(kernels),
+            "expansions": list(expansions),
+            "squeeze_excite": list(excitations),
+            "precisions": list(precisions),
+            "strides": list(strides),
+            "stem_width": stem_width,
+            "stem_stride": stem_stride,
+            "head_width": head_width,
+            "nonlinearity": nonlinearity,
+            "padding": padding,
+            "divisor": divisor,
+        }
+        super().__init__("mobilenet", settings, choices, slots, square_input(channels), classes)
+
+
+def _block_choices(
+    name: str,
+    when: tuple[Condition, ...],
+    kernels: tuple[int, ...],
+    expansions: tuple[int | float, ...],
+    squeeze_excite: tuple[bool, ...],
+    precisions: tuple[str, ...],
+) -> list[Choice]:
+    grown: Condition = (f"{name}.expansion", tuple(expansion for expansion in expansions if expansion != 1))
+    excited: Condition = (f"{name}.squeeze_excite", (True,))
+    choices = [
+        Choice(f"{name}.kernel", kernels, "kernel", when),
+        Choice(f"{name}.expansion", expansions, "expand", when),
+        Choice(f"{name}.squeeze_excite", squeeze_excite, "operator", when),
+        precision_choice(f"{name}.depthwise", precisions, *when),
+        precision_choice(f"{name}.project", precisions, *when),
+    ]
+    if grown[1]:
+        choices.append(precision_choice(f"{name}.expand", precisions, *when, grown))
+    if True in squeeze_excite:
+        for part in ("reduce", "expand"):
+            choices.append(precision_choice(f"{name}.squeeze_excite.{part}", precisions, *when, excited))
+    return choices
+
+
+def _default_strides(resolution: int, stem_stride: int, stages: int) -> tuple[int, ...]:
+    """Stride 2 from the second stage on, while the map stays at 4 pixels or more."""
+    strides: list[int] = []
+    size = -(-resolution // stem_stride)
+    for stage in range(stages):
+        stride = 2 if stage > 0 and -(-size // 2) >= 4 else 1
+        size = -(-size // stride)
+        strides.append(stride)
+    return tuple(strides)

@@ -1,0 +1,343 @@
+"""Choices, architectures and search spaces.
+
+A space is an ordered tuple of choices (what can be decided) and an ordered tuple of slots (what the
+decisions become). A slot reads a few choices and lowers their values to layers; lowering an architecture is
+the concatenation of its slots. Everything else here (sampling, mutation, codes, parsing) is derived.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from operator import index
+
+import numpy as np
+
+from search_spaces.layers import Layer, Network, Shape, assemble
+
+Value = int | float | str | bool
+Values = Mapping[str, Value]
+Condition = tuple[str, tuple[Value, ...]]  # the name of an earlier choice, and the options of it that count
+InputShape = Callable[[Values], Shape]
+
+
+class InvalidArchitecture(ValueError):
+    """A text, code or mapping that names no architecture of the space."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A decision: a name, its ordered options (smallest first) and the role it plays.
+
+    `active_if` lists the conditions under which the choice changes anything: (name of an earlier choice,
+    the options of it for which this one matters). An inactive choice is held at its first option.
+    """
+
+    name: str
+    options: tuple[Value, ...]
+    role: str
+    active_if: tuple[Condition, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.options:
+            raise ValueError(f"choice {self.name!r} has no options")
+        if len(set(self.options)) != len(self.options):
+            raise ValueError(f"choice {self.name!r} repeats an option: {self.options}")
+
+    def code_of(self, value: Value) -> int:
+        for code, option in enumerate(self.options):
+            if option == value and isinstance(option, bool) == isinstance(value, bool):
+                return code
+        raise InvalidArchitecture(f"{self.name} = {value!r} is not an option; options: {list(self.options)}")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One point of a space: immutable, hashable and canonical, so equal exactly when the network is the same.
+
+    `codes` holds the option index of every choice, zero where the choice is inactive. `str` lists what
+    differs from the first options and reads back through `SearchSpace.parse`.
+    """
+
+    space: str
+    codes: tuple[int, ...]
+    choices: tuple[Choice, ...] = field(repr=False, compare=False)
+
+    def __getitem__(self, name: str) -> Value:
+        return self.values[name]
+
+    @cached_property
+    def values(self) -> Values:
+        pairs = zip(self.choices, self.codes, strict=True)
+        return {choice.name: choice.options[code] for choice, code in pairs}
+
+    @cached_property
+    def id(self) -> str:
+        """Ten hexadecimal digits that name the architecture in files and tables."""
+        return hashlib.sha256(f"{self.space}:{self}".encode()).hexdigest()[:10]
+
+    def __str__(self) -> str:
+        pairs = zip(self.choices, self.codes, strict=True)
+        return ",".join(f"{choice.name}={choice.options[code]}" for choice, code in pairs if code)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in the network: the choices it reads, and how their values become layers (none when absent)."""
+
+    name: str
+    reads: tuple[str, ...]
+    build: Callable[[Values], tuple[Layer, ...]]
+
+    def lower(self, values: Values) -> tuple[Layer, ...]:
+        return self.build({name: values[name] for name in self.reads})
+
+
+class SearchSpace:
+    """What can be built: choices, slots and everything derived from them.
+
+    `family` and `settings` are what `search_spaces.build_space` needs to make the space again.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        settings: Mapping[str, object],
+        choices: Sequence[Choice],
+        slots: Sequence[Slot],
+        input_shape: InputShape,
+        classes: int,
+    ) -> None:
+        self.family = family
+        self.settings = dict(settings)
+        self.choices = tuple(choices)
+        self.slots = tuple(slots)
+        self.classes = classes
+        self._input_shape = input_shape
+        self._index = {choice.name: i for i, choice in enumerate(self.choices)}
+        if len(self._index) != len(self.choices):
+            raise ValueError("two choices share a name")
+        digest = hashlib.sha256(repr((sorted(self.settings.items()), self.choices)).encode())
+        self.name = f"{family}-{digest.hexdigest()[:8]}"
+        for i, choice in enumerate(self.choices):
+            late = [name for name, _ in choice.active_if if self._index.get(name, i) >= i]
+            if late:
+                raise ValueError(f"choice {choice.name!r} depends on {late}, which must come before it")
+        self._conditions = tuple(tuple(map(self._compiled, choice.active_if)) for choice in self.choices)
+        for slot in self.slots:
+            missing = [name for name in slot.reads if name not in self._index]
+            if missing:
+                raise ValueError(f"slot {slot.name!r} reads {missing}, which are not choices")
+
+    def _compiled(self, condition: Condition) -> tuple[int, frozenset[int]]:
+        """The index of the choice that is asked, and the codes of it that count."""
+        name, options = condition
+        choice = self.choice(name)
+        return self._index[name], frozenset(choice.code_of(option) for option in options)
+
+    def __repr__(self) -> str:
+        return f"<SearchSpace {self.name}: {len(self.choices)} choices, {self.size:.3g} architectures>"
+
+    # architectures -------------------------------------------------------------------------------------
+
+    def from_codes(self, codes: Iterable[int]) -> Architecture:
+        """The canonical architecture of a code vector; raises InvalidArchitecture for a code out of range."""
+        given = [index(code) for code in codes]
+        if len(given) != len(self.choices):
+            raise InvalidArchitecture(f"expected {len(self.choices)} codes, got {len(given)}")
+        for choice, code in zip(self.choices, given, strict=True):
+            if not 0 <= code < len(choice.options):
+                raise InvalidArchitecture(f"{choice.name}: code {code} is not in 0..{len(choice.options) - 1}")
+        canonical = tuple(code if active else 0 for code, active in zip(given, self._activity(given), strict=True))
+        return Architecture(self.name, canonical, self.choices)
+
+    def _activity(self, codes: Sequence[int]) -> list[bool]:
+        """Whether each choice changes the network; parents come before their children."""
+        active: list[bool] = []
+        for conditions in self._conditions:
+            active.append(all(active[parent] and codes[parent] in allowed for parent, allowed in conditions))
+        return active
+
+    def _own(self, architecture: Architecture) -> Architecture:
+        if architecture.space != self.name:
+            raise InvalidArchitecture(f"an architecture of the space {architecture.space}, expected {self.name}")
+        return architecture
+
+    def is_active(self, name: str, architecture: Architecture) -> bool:
+        """Whether the choice changes the network of `architecture`."""
+        choice = self.choice(name)
+        return self._activity(self._own(architecture).codes)[self._index[choice.name]]
+
+    def choice(self, name: str) -> Choice:
+        try:
+            return self.choices[self._index[name]]
+        except KeyError:
+            near = difflib.get_close_matches(name, list(self._index), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InvalidArchitecture(f"the space {self.family!r} has no choice {name!r}{hint}") from None
+
+    def build(self, values: Values) -> Architecture:
+        """The architecture with these values; choices left out take their first option."""
+        codes = [0] * len(self.choices)
+        for name, value in values.items():
+            code = self.choice(name).code_of(value)
+            codes[self._index[name]] = code
+        return self.from_codes(codes)
+
+    def parse(self, text: str) -> Architecture:
+        """Read back what `str(architecture)` wrote; raises InvalidArchitecture saying what is wrong."""
+        values: dict[str, Value] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            name, separator, raw = item.partition("=")
+            if not separator:
+                raise InvalidArchitecture(f"expected choice=value, got {item!r}")
+            choice = self.choice(name.strip())
+            matches = [option for option in choice.options if str(option) == raw.strip()]
+            if not matches:
+                raise InvalidArchitecture(
+                    f"{choice.name} = {raw.strip()} is not an option; options: {', '.join(map(str, choice.options))}"
+                )
+            if choice.name in values:
+                raise InvalidArchitecture(f"{choice.name} is given twice")
+            values[choice.name] = matches[0]
+        return self.build(values)
+
+    @property
+    def smallest(self) -> Architecture:
+        return self.from_codes([0] * len(self.choices))
+
+    @property
+    def largest(self) -> Architecture:
+        """The last option of every choice, but the first precision: the network all weights are cut from."""
+        return self.from_codes([0 if c.role == "precision" else len(c.options) - 1 for c in self.choices])
+
+    @cached_property
+    def size(self) -> int:
+        """Number of distinct architectures; exact, by counting over the parents of conditions."""
+        return _count(self.choices)
+
+    def sample(self, rng: np.random.Generator) -> Architecture:
+        """Every choice uniform and independent, then canonical."""
+        return self.from_codes(int(rng.integers(len(choice.options))) for choice in self.choices)
+
+    def mutate(self, architecture: Architecture, rng: np.random.Generator, *, rate: float = 0.1) -> Architecture:
+        """Redraw each choice with probability `rate`, at least one active one; differs from the parent if any can."""
+        active = [i for i in self._active_indices(self._own(architecture).codes) if len(self.choices[i].options) > 1]
+        if not active:
+            return architecture
+        codes = list(architecture.codes)
+        forced = int(rng.choice(active))
+        for i, choice in enumerate(self.choices):
+            count = len(choice.options)
+            if i == forced:
+                codes[i] = (codes[i] + 1 + int(rng.integers(count - 1))) % count
+            elif rng.random() < rate:
+                codes[i] = int(rng.integers(count))
+        return self.from_codes(codes)
+
+    def crossover(self, a: Architecture, b: Architecture, rng: np.random.Generator) -> Architecture:
+        """Each choice from one parent or the other, with equal probability."""
+        from_a = rng.random(len(self.choices)) < 0.5
+        return self.from_codes(np.where(from_a, self._own(a).codes, self._own(b).codes))
+
+    def neighbours(self, architecture: Architecture) -> Iterator[Architecture]:
+        """All architectures that differ in the option of one active choice."""
+        for i in self._active_indices(self._own(architecture).codes):
+            for code in range(len(self.choices[i].options)):
+                if code != architecture.codes[i]:
+                    yield self.from_codes([*architecture.codes[:i], code, *architecture.codes[i + 1 :]])
+
+    def _active_indices(self, codes: Sequence[int]) -> list[int]:
+        return [i for i, active in enumerate(self._activity(codes)) if active]
+
+    def encode(self, architectures: Iterable[Architecture]) -> np.ndarray:
+        """Option indices, int64, shape (n, number of choices)."""
+        rows = [self._own(architecture).codes for architecture in architectures]
+        return np.asarray(rows, dtype=np.int64).reshape(-1, len(self.choices))
+
+    def one_hot(self, architectures: Iterable[Architecture]) -> np.ndarray:
+        """One column an option, float64, shape (n, sum of option counts); an inactive choice has no one at all."""
+        architectures = list(architectures)
+        out = np.zeros((len(architectures), sum(len(choice.options) for choice in self.choices)))
+        starts = np.cumsum([0, *(len(choice.options) for choice in self.choices)])
+        for row, architecture in enumerate(architectures):
+            for i in self._active_indices(self._own(architecture).codes):
+                out[row, starts[i] + architecture.codes[i]] = 1.0
+        return out
+
+    # networks ------------------------------------------------------------------------------------------
+
+    def lower(self, architecture: Architecture) -> Network:
+        """The network of an architecture: the layers of its slots, chained."""
+        values = self._own(architecture).values
+        slots = [slot.lower(values) for slot in self.slots]
+        return assemble(self._input_shape(values), slots, name=architecture.id)
+
+    def with_precision(self, architecture: Architecture, precision: str) -> Architecture:
+        """The same network with every precision choice set to `precision` (where it is an option)."""
+        codes = list(self._own(architecture).codes)
+        for i, choice in enumerate(self.choices):
+            if choice.role == "precision" and precision in choice.options:
+                codes[i] = choice.code_of(precision)
+        return self.from_codes(codes)
+
+    def occurrences(self) -> Iterator[Network]:
+        """Networks that together show every layer at its largest: the largest, the smallest, and each variation
+        of one choice of the largest. The conformance suite checks this promise for every family."""
+        yield self.lower(self.largest)
+        yield self.lower(self.smallest)
+        for architecture in self.neighbours(self.largest):
+            yield self.lower(architecture)
+
+
+def _count(choices: Sequence[Choice]) -> int:
+    """Count canonical code vectors without listing them.
+
+    Choices that nothing depends on multiply, given their parents; the parents are few, so they are
+    counted by recursion: assign one parent, split the rest into independent groups, multiply.
+    """
+    return _count_given(list(choices), {})
+
+
+def _count_given(choices: list[Choice], fixed: dict[str, Value]) -> int:
+    live: list[Choice] = []
+    for choice in choices:
+        known = [(name, options) for name, options in choice.active_if if name in fixed]
+        if all(fixed[name] in options for name, options in known):
+            rest = tuple(pair for pair in choice.active_if if pair[0] not in fixed)
+            live.append(Choice(choice.name, choice.options, choice.role, rest))
+        else:  # inactive: held at its first option, and so is everything that needs it active
+            fixed = {**fixed, choice.name: None}  # type: ignore[dict-item]
+    return prod(_count_group(group, fixed) for group in _groups(live))
+
+
+def _count_group(group: list[Choice], fixed: dict[str, Value]) -> int:
+    if len(group) == 1:
+        return len(group[0].options)
+    parents = {name for choice in group for name, _ in choice.active_if}
+    root = next(choice for choice in group if choice.name in parents and not choice.active_if)
+    rest = [choice for choice in group if choice is not root]
+    return sum(_count_given(rest, {**fixed, root.name: option}) for option in root.options)
+
+
+def _groups(choices: list[Choice]) -> list[list[Choice]]:
+    """Connected components of the dependency graph, in order."""
+    group_of: dict[str, list[Choice]] = {}
+    for choice in choices:
+        merged = [choice]
+        for name, _ in choice.active_if:
+            if name in group_of and group_of[name] is not merged:
+                merged = group_of[name] + [c for c in merged if c not in group_of[name]]
+                for member in merged:
+                    group_of[member.name] = merged
+        for member in merged:
+            group_of[member.name] = merged
+    unique: list[list[Choice]] = []
+    for group in group_of.values():
+        if not any(group is seen for seen in unique):
+            unique.append(group)
+    return unique
