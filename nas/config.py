@@ -1,0 +1,213 @@
+"""Experiments: a YAML file, checked key by key, as values."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from nas.costs import parse_limit, parse_objective
+from nas.search import SearchSettings
+from nas.train import TrainSettings
+
+RECIPES = Path(__file__).parent.parent / "experiments"
+
+
+class BadExperiment(ValueError):
+    """A key or value of an experiment that is missing, unknown or of the wrong type; says which and what to do."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the data is and how it is split; see `nas.load_data`."""
+
+    path: str
+    val_search: float = 0.1
+    val_front: float = 0.1
+    calibration: int = 512
+    test: float = 0.2
+    side: int | None = None
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """A device to profile: a shipped name or a YAML file, and how many subnets to measure where it is measured."""
+
+    name: str
+    samples: int = 72
+
+
+@dataclass(frozen=True)
+class SearchPlan(SearchSettings):
+    """Objectives and limits, as text, and how to search."""
+
+    objectives: tuple[str, ...] = ("accuracy", "macs")
+    limits: tuple[str, ...] = ()
+    confidence: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for text in self.objectives:
+            parse_objective(text)
+        for text in self.limits:
+            parse_limit(text, self.confidence)
+
+    @property
+    def settings(self) -> SearchSettings:
+        return SearchSettings(self.trials, self.sampler, self.population)
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Which point of the front is exported: the best in one figure among those that meet the limits."""
+
+    best: str = "accuracy"
+    limits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        parse_objective(self.best)
+        for text in self.limits:
+            parse_limit(text)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run. `space` is a family and its settings."""
+
+    name: str
+    data: DataSettings
+    space: Mapping[str, Any]
+    seed: int = 0
+    patience_s: float = 180.0  # how long to wait for a slow phase of a measured machine to pass
+    train: TrainSettings = field(default_factory=TrainSettings)
+    devices: tuple[DeviceSettings, ...] = ()
+    search: SearchPlan = field(default_factory=SearchPlan)
+    export: ExportPlan = field(default_factory=ExportPlan)
+
+    def __post_init__(self) -> None:
+        if "family" not in self.space:
+            raise BadExperiment("space.family is missing; expected the name of a family, such as mobilenet")
+
+    def to_dict(self) -> dict[str, Any]:
+        return typing.cast(dict[str, Any], _plain(asdict(self)))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Experiment:
+    """A shipped recipe by name, or a YAML file, with `key=value` overrides such as `data.path=images/`.
+
+    Raises BadExperiment in one line that names the key, what was got and what was expected.
+    """
+    path = RECIPES / f"{name_or_path}.yaml"
+    if name_or_path not in recipe_names():
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise BadExperiment(
+                f"no experiment {name_or_path!r}{nearest(name_or_path, recipe_names())}; or give the path of a YAML file"
+            )
+    return read_experiment(path, overrides)
+
+
+def read_experiment(path: Path, overrides: Iterable[str] = ()) -> Experiment:
+    """An experiment from a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadExperiment(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise BadExperiment(f"{path}: expected keys such as name, data and space; got {type(content).__name__}")
+    content.pop("versions", None)  # of the run that wrote it
+    for override in overrides:
+        _override(content, override)
+    return typing.cast(Experiment, _build(Experiment, content, ""))
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, separator, raw = override.partition("=")
+    if not separator or not key.strip():
+        raise BadExperiment(f"--set {override!r}: expected KEY=VALUE, such as train.epochs=10")
+    *parents, last = key.strip().split(".")
+    inner = content
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise BadExperiment(f"--set {override!r}: {parent!r} holds a value, not keys")
+    try:
+        inner[last] = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise BadExperiment(f"--set {override!r}: {' '.join(str(error).split())}") from None
+
+
+def _build(cls: type, content: object, where: str) -> object:
+    """A dataclass from plain values, each checked against the type of its field."""
+    if not isinstance(content, dict):
+        raise BadExperiment(f"{where or 'experiment'}: expected keys, got {content!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    prefix = f"{where}." if where else ""
+    for key in content:
+        if key not in known:
+            raise BadExperiment(f"unknown key {prefix + str(key)!r}{nearest(str(key), known)}")
+    for name, f in known.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in content:
+            raise BadExperiment(f"missing key {prefix + name!r}; set it in the YAML file or with --set {prefix}{name}=...")
+    values = {key: _convert(hints[key], value, prefix + key) for key, value in content.items()}
+    try:
+        return cls(**values)
+    except BadExperiment:
+        raise
+    except ValueError as error:
+        raise BadExperiment(str(error) if not where else f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: object, where: str) -> object:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value if value is not None else {}, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise BadExperiment(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is not None:  # a mapping, checked by whom it is for
+        if not isinstance(value, dict):
+            raise BadExperiment(f"{where}: expected keys, got {value!r}")
+        return value
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif type(value) is hint:
+        return value
+    raise BadExperiment(f"{where}: expected {hint.__name__}, got {value!r}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: the nearest known one, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

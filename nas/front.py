@@ -1,0 +1,304 @@
+"""Pareto fronts: sets of evaluations of which none is better than another in every objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nas.costs import Figure, Infeasible, Limit, Objective, UnknownFigure, parse_limit, parse_objective
+from nas.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known of one architecture.
+
+    `architecture` is its text, read back by `SearchSpace.parse`. `predicted` holds what a search believed of
+    the figures that have since been measured.
+    """
+
+    id: str
+    architecture: str
+    figures: Mapping[str, Figure]
+    precisions: Mapping[str, str]
+    predicted: Mapping[str, Figure] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> float:
+        return self.figures[key].value
+
+
+def costs_of(evaluations: Sequence[Evaluation], objectives: Sequence[Objective]) -> np.ndarray:
+    """Objective values turned so that less is better, shape (evaluations, objectives)."""
+    rows = [[objective.cost(evaluation[objective.key]) for objective in objectives] for evaluation in evaluations]
+    return np.asarray(rows, dtype=float).reshape(len(evaluations), len(objectives))
+
+
+def dominated(costs: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+    """Which rows a kept row dominates, shape (n,) bool; less is better.
+
+    A row is dominated when another is worse beyond the noise nowhere, and better beyond it somewhere, or equal
+    within it everywhere: a lead within the noise counts for nothing. Rows are taken best first (by the first
+    objective, then the next), and only a row that stays can dominate, since being equal within the noise is
+    not transitive: a row is not dropped for the sake of one that is itself dropped.
+
+    Args:
+        costs: (n, objectives).
+        noise: (objectives,) relative noise of each objective; none without it.
+    """
+    noise = np.zeros(costs.shape[1]) if noise is None else noise
+    kept: list[int] = []
+    for i in np.lexsort(costs.T[::-1]):
+        if any(_beats(costs[k], costs[i], noise, or_equals=True) for k in kept):
+            continue
+        kept = [k for k in kept if not _beats(costs[i], costs[k], noise, or_equals=False)]
+        kept.append(int(i))
+    out = np.ones(len(costs), dtype=bool)
+    out[kept] = False
+    return out
+
+
+def _beats(a: np.ndarray, b: np.ndarray, noise: np.ndarray, *, or_equals: bool) -> bool:
+    margin = noise * np.maximum(np.abs(a), np.abs(b))
+    return bool((a <= b + margin).all() and (or_equals or (a < b - margin).any()))
+
+
+def hypervolume(costs: np.ndarray, reference: np.ndarray) -> float:
+    """Volume between a set of points and a reference point, less is better; by slicing along the last objective.
+
+    Args:
+        costs: (n, objectives); points not better than the reference everywhere count nothing.
+        reference: (objectives,).
+    """
+    costs = costs[(costs < reference).all(axis=1)]
+    if not len(costs):
+        return 0.0
+    if costs.shape[1] == 1:
+        return float(reference[0] - costs.min())
+    order = np.argsort(costs[:, -1], kind="stable")
+    costs = costs[order]
+    heights = np.diff(np.append(costs[:, -1], reference[-1]))
+    total = 0.0
+    for i, height in enumerate(heights):
+        if height > 0:
+            total += height * hypervolume(costs[: i + 1, :-1], reference[:-1])
+    return total
+
+
+@dataclass(frozen=True)
+class ParetoFront:
+    """Non-dominated evaluations, with what they were searched for; `others` are kept for pictures only."""
+
+    objectives: tuple[Objective, ...]
+    points: tuple[Evaluation, ...]
+    others: tuple[Evaluation, ...] = ()
+    space: str = ""
+    supernet_sha256: str = ""
+    limits: tuple[Limit, ...] = ()
+    noise: Mapping[str, float] | None = None  # relative repeat-measurement noise, by objective
+
+    @classmethod
+    def of(
+        cls,
+        evaluations: Iterable[Evaluation],
+        objectives: Sequence[Objective],
+        *,
+        limits: Sequence[Limit] = (),
+        noise: Mapping[str, float] | None = None,
+        space: str = "",
+        supernet_sha256: str = "",
+    ) -> ParetoFront:
+        """The non-dominated ones among the evaluations that meet the limits.
+
+        They are sorted by the second objective (usually a latency), or by the only one.
+        """
+        evaluations = list(evaluations)
+        feasible = [e for e in evaluations if all(limit.violation(e.figures[limit.key]) <= 0 for limit in limits)]
+        relative = np.array([(noise or {}).get(objective.key, 0.0) for objective in objectives])
+        beaten = dominated(costs_of(feasible, objectives), relative)
+        kept = [e for e, lost in zip(feasible, beaten, strict=True) if not lost]
+        axis = objectives[min(1, len(objectives) - 1)]
+        kept.sort(key=lambda e: (e[axis.key], e.id))
+        rest = tuple(e for e in evaluations if e not in kept)
+        return cls(tuple(objectives), tuple(kept), rest, space, supernet_sha256, tuple(limits), noise)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def filter(self, limits: Iterable[Limit]) -> ParetoFront:
+        """The points that meet all limits."""
+        limits = tuple(limits)
+        for limit in limits:
+            self._known(limit.key)
+        kept = tuple(p for p in self.points if all(limit.violation(p.figures[limit.key]) <= 0 for limit in limits))
+        return ParetoFront(
+            self.objectives, kept, self.others, self.space, self.supernet_sha256, (*self.limits, *limits), self.noise
+        )
+
+    def best(self, objective: str, limits: Mapping[str, float] | Iterable[Limit] = ()) -> Evaluation:
+        """The point that is best in one objective among those that meet the limits.
+
+        Limits may be a mapping from a figure to its bound, in the direction in which the figure is better.
+        Raises Infeasible, with the nearest point, when no point meets them.
+        """
+        wanted = parse_objective(objective)
+        self._known(wanted.key)
+        limits = tuple(_bounds(limits))
+        kept = self.filter(limits).points
+        if not kept:
+            raise Infeasible(self._nearest(limits))
+        return min(kept, key=lambda point: (wanted.cost(point[wanted.key]), self._rivals(point, wanted)))
+
+    def _rivals(self, point: Evaluation, wanted: Objective) -> tuple[float, ...]:
+        return tuple(o.cost(point[o.key]) for o in self.objectives if o.key != wanted.key)
+
+    def knee(self) -> Evaluation:
+        """The point farthest from the plane through the extremes, objectives scaled to 0..1 (Das, 1999)."""
+        if not self.points:
+            raise Infeasible("the front has no point")
+        costs = costs_of(self.points, self.objectives)
+        span = costs.max(axis=0) - costs.min(axis=0)
+        scaled = (costs - costs.min(axis=0)) / np.where(span > 0, span, 1.0)
+        return self.points[int(scaled.sum(axis=1).argmin())]
+
+    def hypervolume(self, reference: Mapping[str, float]) -> float:
+        """Volume dominated by the front up to a reference value for each objective."""
+        corner = np.array([objective.cost(reference[objective.key]) for objective in self.objectives])
+        return hypervolume(costs_of(self.points, self.objectives), corner)
+
+    def find(self, id_: str) -> Evaluation:
+        """The point with this id, or the only one whose id starts so."""
+        found = [point for point in self.points if point.id.startswith(id_)]
+        if len(found) != 1:
+            raise UnknownFigure(f"{len(found)} points of the front have an id that starts with {id_!r}; expected one")
+        return found[0]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a point: id, figures by key, their origins, what the search believed before, the architecture."""
+        import pandas as pd
+
+        rows = []
+        for point in self.points:
+            row: dict[str, object] = {"id": point.id}
+            row |= {key: figure.value for key, figure in point.figures.items()}
+            row |= {f"{key} origin": figure.origin for key, figure in point.figures.items()}
+            row |= {f"{key} before": figure.value for key, figure in point.predicted.items()}
+            rows.append(row | {"architecture": point.architecture})
+        return pd.DataFrame(rows)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the front to a PNG (or any suffix matplotlib knows)."""
+        from nas.plot import plot_front
+
+        plot_front(self, Path(path))
+
+    def _known(self, key: str) -> None:
+        known = {k for point in self.points for k in point.figures}
+        if self.points and key not in known:
+            raise UnknownFigure(f"the front has no {key}; it has {', '.join(sorted(known))}")
+
+    def _nearest(self, limits: Sequence[Limit]) -> str:
+        if not self.points:
+            return "the front has no point"
+        return nearest_message(self.points, limits)
+
+    # files -----------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        write_json(
+            path,
+            {
+                "schema": SCHEMA,
+                "space": self.space,
+                "supernet_sha256": self.supernet_sha256,
+                "objectives": [
+                    {"name": o.name, "direction": o.direction, "unit": o.unit, "device": o.device}
+                    for o in self.objectives
+                ],
+                "limits": [str(limit) for limit in self.limits],
+                "noise": dict(self.noise or {}),
+                "points": [_to_dict(point) for point in self.points],
+                "others": [_to_dict(point) for point in self.others],
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> ParetoFront:
+        """Read what `save` wrote; raises ValueError for a file that is something else."""
+        content = read_json(path)
+        if content.get("schema") != SCHEMA:
+            raise ValueError(f"{path} is no front of schema {SCHEMA}; got schema {content.get('schema')!r}")
+        try:
+            objectives = [Objective(o["name"], o["direction"], o["device"]) for o in content["objectives"]]  # type: ignore[attr-defined]
+            limits = tuple(_limit_from(text) for text in content["limits"])  # type: ignore[attr-defined]
+            points = tuple(_from_dict(point) for point in content["points"])  # type: ignore[attr-defined]
+            others = tuple(_from_dict(point) for point in content["others"])  # type: ignore[attr-defined]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a complete front ({error!r}); run the search again") from None
+        return cls(
+            tuple(objectives),
+            points,
+            others,
+            str(content["space"]),
+            str(content["supernet_sha256"]),
+            limits,
+            dict(content["noise"]),  # type: ignore[call-overload]
+        )
+
+
+def nearest_message(evaluations: Sequence[Evaluation], limits: Sequence[Limit]) -> str:
+    """Which limits bind, and what the architecture that violates them least reaches."""
+
+    def total(evaluation: Evaluation) -> float:
+        return sum(max(0.0, limit.violation(evaluation.figures[limit.key])) for limit in limits)
+
+    nearest = min(evaluations, key=total)
+    broken = [limit for limit in limits if limit.violation(nearest.figures[limit.key]) > 0]
+    reached = ", ".join(f"{limit.key}={nearest[limit.key]:g}" for limit in limits)
+    return (
+        f"no architecture meets {', '.join(map(str, limits))}; "
+        f"{', '.join(map(str, broken)) or 'together they'} cannot be met. "
+        f"The nearest reachable point is {nearest.id}: {reached}"
+    )
+
+
+def _bounds(limits: Mapping[str, float] | Iterable[Limit]) -> Iterable[Limit]:
+    if not isinstance(limits, Mapping):
+        return limits
+    return [
+        Limit(o.name, ">=" if o.direction == "maximize" else "<=", float(bound), o.device)
+        for key, bound in limits.items()
+        for o in [parse_objective(key)]
+    ]
+
+
+def _to_dict(point: Evaluation) -> dict[str, object]:
+    return {
+        "id": point.id,
+        "architecture": point.architecture,
+        "values": {key: figure.to_dict() for key, figure in point.figures.items()},
+        "predicted": {key: figure.to_dict() for key, figure in point.predicted.items()},
+        "precisions": dict(point.precisions),
+    }
+
+
+def _from_dict(point: Mapping[str, object]) -> Evaluation:
+    values, predicted = (
+        {key: Figure(**figure) for key, figure in point[name].items()}  # type: ignore[attr-defined]
+        for name in ("values", "predicted")
+    )
+    precisions = dict(point["precisions"])  # type: ignore[call-overload]
+    return Evaluation(str(point["id"]), str(point["architecture"]), values, precisions, predicted)
+
+
+def _limit_from(text: str) -> Limit:
+    bare, _, confidence = text.partition(" at ")
+    return parse_limit(bare, float(confidence.rstrip("%")) / 100 if confidence else None)

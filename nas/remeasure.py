@@ -1,0 +1,108 @@
+"""A front one can trust: its candidates evaluated on held-out images and measured, twice, on the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from tqdm import tqdm
+
+from hardware_profiles.onnx_writer import write_onnx
+from nas.costs import Figure, ProfiledDevice
+from nas.front import Evaluation, ParetoFront, costs_of, dominated
+from nas.profile import measure
+from nas.search import Evaluator
+
+log = logging.getLogger(__name__)
+
+CANDIDATES = 40
+
+
+def remeasure(
+    front: ParetoFront,
+    evaluator: Evaluator,
+    devices: Mapping[str, ProfiledDevice],
+    *,
+    candidates: int = CANDIDATES,
+    patience_s: float = 180.0,
+) -> ParetoFront:
+    """The front again, by accuracy on val_front and by latency measured where the device is at hand.
+
+    The candidates are the first non-dominated layers of everything the search evaluated, since those just
+    behind the front may turn out to be on it. They are exported as they would be deployed and measured in two
+    later processes; what two measurements of one model differ by (90 % quantile) is the noise, and a lead
+    within it counts for nothing.
+    """
+    chosen = _layers([*front.points, *front.others], front, candidates)
+    live = [
+        device
+        for device in devices.values()
+        if device.profile.is_measured_live
+        and any(item.key == f"latency_ms@{device.name}" for item in (*front.objectives, *front.limits))
+    ]
+    figures: dict[str, dict[str, Figure]] = {e.id: dict(e.figures) for e in chosen}
+    models: dict[str, bytes] = {}
+    for evaluation in tqdm(chosen, desc="front", unit="arch"):
+        architecture = evaluator.supernet.space.parse(evaluation.architecture)
+        if "accuracy" in evaluation.figures:
+            held_out = Figure.exact(evaluator.accuracy(architecture, "val_front"))
+            figures[evaluation.id]["accuracy"] = replace(held_out, origin="measured")
+        if live:
+            deployed = evaluator.deploy(architecture)
+            model = write_onnx(
+                deployed.folded.network,
+                deployed.folded.weights(),
+                deployed.ranges,
+                weight_limit=evaluator.weight_limit,
+            )
+            models[evaluation.id] = bytes(model.SerializeToString())
+    noise: dict[str, float] = {}
+    for device in live:
+        key = f"latency_ms@{device.name}"
+        latencies, noise[key] = _measure_twice(models, device, patience_s)
+        for id_, latency_ms in latencies.items():
+            slack = latency_ms * noise[key]
+            figures[id_][key] = Figure(latency_ms, latency_ms - slack, latency_ms + slack, "measured")
+        log.info("two measurements of one model on %s differ by up to %.1f %% (90 %% of them)", device.name, 100 * noise[key])
+    again = [replace(e, figures=figures[e.id], predicted=_changed(e, figures[e.id])) for e in chosen]
+    fresh = ParetoFront.of(
+        again,
+        front.objectives,
+        limits=front.limits,
+        noise=noise,
+        space=front.space,
+        supernet_sha256=front.supernet_sha256,
+    )
+    seen = {e.id for e in again}
+    return replace(fresh, others=(*fresh.others, *(e for e in front.others if e.id not in seen)))
+
+
+def _layers(evaluations: Sequence[Evaluation], front: ParetoFront, count: int) -> list[Evaluation]:
+    """Whole non-dominated layers, best first, until `count` is reached; the last one thinned evenly."""
+    left, chosen = list(evaluations), []
+    while left and len(chosen) < count:
+        beaten = dominated(costs_of(left, front.objectives))
+        layer = [e for e, lost in zip(left, beaten, strict=True) if not lost]
+        layer.sort(key=lambda e: tuple(objective.cost(e[objective.key]) for objective in front.objectives))
+        room = count - len(chosen)
+        if len(layer) > room:
+            layer = [layer[int(i)] for i in np.unique(np.linspace(0, len(layer) - 1, room).round())]
+        chosen += layer
+        left = [e for e, lost in zip(left, beaten, strict=True) if lost]
+    return chosen
+
+
+def _measure_twice(
+    models: Mapping[str, bytes], device: ProfiledDevice, patience_s: float
+) -> tuple[dict[str, float], float]:
+    first, second = (measure(models, device.profile, patience_s=patience_s) for _ in range(2))
+    pairs = {name: (first[name].latency_ms, second[name].latency_ms) for name in models}
+    differences = [abs(a - b) / ((a + b) / 2) for a, b in pairs.values()]
+    return {name: (a + b) / 2 for name, (a, b) in pairs.items()}, float(np.quantile(differences, 0.9))
+
+
+def _changed(evaluation: Evaluation, figures: Mapping[str, Figure]) -> dict[str, Figure]:
+    """What the search believed where the front was measured anew."""
+    return {key: old for key, old in evaluation.figures.items() if figures[key] != old}
