@@ -213,22 +213,7 @@ class ParetoFront:
     # files -----------------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        write_json(
-            path,
-            {
-                "schema": SCHEMA,
-                "space": self.space,
-                "supernet_sha256": self.supernet_sha256,
-                "objectives": [
-                    {"name": o.name, "direction": o.direction, "unit": o.unit, "device": o.device}
-                    for o in self.objectives
-                ],
-                "limits": [str(limit) for limit in self.limits],
-                "noise": dict(self.noise or {}),
-                "points": [_to_dict(point) for point in self.points],
-                "others": [_to_dict(point) for point in self.others],
-            },
-        )
+        write_json(path, to_dict(self))
 
     @classmethod
     def load(cls, path: Path) -> ParetoFront:
@@ -278,6 +263,22 @@ def _bounds(limits: Mapping[str, float] | Iterable[Limit]) -> Iterable[Limit]:
         for key, bound in limits.items()
         for o in [parse_objective(key)]
     ]
+
+
+def to_dict(front: ParetoFront) -> dict[str, object]:
+    """The documented form of front.json."""
+    return {
+        "schema": SCHEMA,
+        "space": front.space,
+        "supernet_sha256": front.supernet_sha256,
+        "objectives": [
+            {"name": o.name, "direction": o.direction, "unit": o.unit, "device": o.device} for o in front.objectives
+        ],
+        "limits": [str(limit) for limit in front.limits],
+        "noise": dict(front.noise or {}),
+        "points": [_to_dict(point) for point in front.points],
+        "others": [_to_dict(point) for point in front.others],
+    }
 
 
 def _to_dict(point: Evaluation) -> dict[str, object]:

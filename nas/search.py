@@ -98,6 +98,26 @@ class Evaluator:
         return accuracy(self.deploy(architecture).simulated, self.data, split)
 
 
+def study_name(
+    evaluator: Evaluator,
+    objectives: Sequence[Objective],
+    limits: Sequence[Limit],
+    devices: Mapping[str, ProfiledDevice],
+    settings: SearchSettings,
+    seed: int,
+) -> str:
+    """Names what the values depend on, so that a search of other weights, data or limits is another study."""
+    named = {item.device for item in (*objectives, *limits)}
+    parts = {
+        "evaluator": evaluator.key,
+        "objectives": [objective.key for objective in objectives],
+        "limits": [str(limit) for limit in limits],
+        "devices": {name: device.key for name, device in devices.items() if name in named},
+        "sampler": [settings.sampler, settings.population, seed],
+    }
+    return "search-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def open_study(
     storage: str | None, name: str, objectives: Sequence[Objective], settings: SearchSettings, seed: int
 ) -> optuna.Study:
@@ -266,7 +286,8 @@ class _Search:
     # the loop ------------------------------------------------------------------------------------------
 
     def run(self, storage: str | None) -> ParetoFront:
-        study = open_study(storage, self._study_name(), self.objectives, self.settings, self.seed)
+        name = study_name(self.evaluator, self.objectives, self.limits, self.devices, self.settings, self.seed)
+        study = open_study(storage, name, self.objectives, self.settings, self.seed)
         self._recall(study)
         stale = 0
         with tqdm(total=self.settings.trials, initial=len(self.done), desc="search", unit="arch") as bar:
@@ -279,17 +300,6 @@ class _Search:
         if stale >= STALE:
             log.info("the space seems used up after %d architectures", len(self.done))
         return self.front()
-
-    def _study_name(self) -> str:
-        """Names what the values depend on: a study of other weights, data, objectives or limits is another one."""
-        parts = {
-            "evaluator": self.evaluator.key,
-            "objectives": [objective.key for objective in self.objectives],
-            "limits": [str(limit) for limit in self.limits],
-            "devices": {name: device.key for name, device in self.devices.items()},
-            "sampler": [self.settings.sampler, self.settings.population, self.seed],
-        }
-        return "search-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     def _first(self) -> Iterator[Architecture]:
         """What is evaluated before the sampler chooses: the extremes, the nested family and a spread."""

@@ -26,7 +26,7 @@ from nas.data import Data, augment
 from nas.evaluate import accuracy, calibration_images, recalibrate
 from nas.strategies import STRATEGIES, Strategy
 from nas.supernet import Supernet
-from search_spaces import Architecture
+from search_spaces import Architecture, SearchSpace
 
 log = logging.getLogger(__name__)
 
@@ -113,18 +113,18 @@ def train(
     space does not fit the data.
     """
     settings = settings or TrainSettings(**options)  # type: ignore[arg-type]
-    check_fit(supernet, data)
+    check_fit(supernet.space, data)
     return _Trainer(supernet, data, settings, seed, folder).run()
 
 
-def check_fit(supernet: Supernet, data: Data) -> None:
+def check_fit(space: SearchSpace, data: Data) -> None:
     """Raise ValueError when a space was made for other images or classes than the data has."""
-    channels = supernet.network(supernet.space.smallest).input_shape[0]
+    channels = space.lower(space.smallest).input_shape[0]
     if channels != data.channels:
         raise ValueError(f"the space takes {channels} channels, {data.name} has {data.channels}; set space.channels")
-    if supernet.space.classes != len(data.classes):
+    if space.classes != len(data.classes):
         raise ValueError(
-            f"the space has {supernet.space.classes} classes, {data.name} has {len(data.classes)}; set space.classes"
+            f"the space has {space.classes} classes, {data.name} has {len(data.classes)}; set space.classes"
         )
 
 

@@ -1,0 +1,355 @@
+"""The command `nas`. Progress goes to stderr, results to stdout.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or bad input, 3 limits cannot be met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nas.front import Evaluation, ParetoFront
+    from nas.pipeline import Run
+
+DONE, FAILED, BAD_INPUT, INFEASIBLE = 0, 1, 2, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, call one function, print."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for noisy in ("optuna", "matplotlib", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        parsed.verb(parsed)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return FAILED
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(f"nas: {_one_line(error)}", file=sys.stderr)
+        return code
+    return DONE
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error.args[0] if isinstance(error, LookupError) and error.args else error).split())
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Errors that say what to do get a line; anything else is a bug and keeps its traceback."""
+    from hardware_profiles import InvalidProfile, UnavailableCost, UnknownDevice, UnsupportedLayer
+    from hardware_profiles.host_cpu import NoisyMachine, UnmeasurableModel
+    from nas.checkpoints import CorruptCheckpoint
+    from nas.config import BadExperiment
+    from nas.costs import Infeasible, UnknownFigure
+    from nas.data import BadData
+    from nas.export import ExportFailed
+    from nas.train import TrainingDiverged
+    from search_spaces import InvalidArchitecture, InvalidNetwork, UnknownSpace
+
+    if isinstance(error, Infeasible):
+        return INFEASIBLE
+    bad = (BadExperiment, BadData, UnknownFigure, UnknownDevice, InvalidProfile, UnknownSpace, InvalidArchitecture)
+    if isinstance(error, (*bad, InvalidNetwork, UnavailableCost, UnsupportedLayer, ValueError)):
+        return BAD_INPUT
+    failed = (TrainingDiverged, NoisyMachine, UnmeasurableModel, CorruptCheckpoint, ExportFailed, OSError)
+    return FAILED if isinstance(error, failed) else None
+
+
+# verbs ---------------------------------------------------------------------------------------------------
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    from nas.config import load_experiment
+    from nas.pipeline import Run
+
+    experiment = load_experiment(parsed.experiment, parsed.set)
+    run = Run.create(parsed.out or Path("runs") / experiment.name, experiment)
+    run.train()
+    print(_summary_of_devices(run))
+    front = run.search()
+    picture = run.folder / "front.png"
+    front.plot(picture)
+    checks = run.check_predictors()
+    exported, manifest = run.export(run.chosen(front))
+    print(table(front))
+    for name, check in checks.items():
+        print(_summary_of_check(name, check))
+    print(_summary_of_export(manifest))
+    print(f"picture: {picture}\nmodel:   {exported / 'model.onnx'}\ncard:    {exported / 'card.md'}")
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from nas.config import load_experiment
+    from nas.pipeline import Run
+
+    if (Path(parsed.run) / "experiment.yaml").is_file():
+        run = Run.open(Path(parsed.run))
+    else:
+        experiment = load_experiment(parsed.run, parsed.set)
+        run = Run.create(parsed.out or Path("runs") / experiment.name, experiment)
+    results = run.train()
+    print(json.dumps({"run": str(run.folder), **results}))
+
+
+def _profile(parsed: argparse.Namespace) -> None:
+    from nas.config import DeviceSettings
+    from nas.pipeline import Run
+
+    run = Run.open(parsed.run)
+    listed = {device.name: device for device in run.experiment.devices}
+    settings = DeviceSettings(parsed.device, parsed.samples or getattr(listed.get(parsed.device), "samples", 72))
+    print(_summary_of_device(run.device(settings)))
+
+
+def _search(parsed: argparse.Namespace) -> None:
+    from nas.pipeline import Run, with_search
+
+    run = with_search(Run.open(parsed.run), parsed.limit, parsed.confidence, parsed.trials)
+    run.check()
+    print(table(run.search(parsed.storage)))
+
+
+def _pareto(parsed: argparse.Namespace) -> None:
+    from nas.costs import Infeasible
+    from nas.front import nearest_message
+    from nas.pipeline import Run, parse_limits
+
+    front = Run.open(parsed.run).front
+    limits = parse_limits(parsed.limit)
+    kept = front.filter(limits)
+    if not kept.points:
+        raise Infeasible(nearest_message(front.points, limits))
+    if parsed.plot:
+        kept.plot(parsed.plot)
+        print(f"picture: {parsed.plot}", file=sys.stderr)
+    if parsed.best or parsed.knee:
+        kept = _only(kept, kept.best(parsed.best) if parsed.best else kept.knee())
+    print(FORMATS[parsed.format](kept))
+
+
+def _only(front: ParetoFront, point: Evaluation) -> ParetoFront:
+    from dataclasses import replace
+
+    return replace(front, points=(point,))
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from nas.front import Evaluation
+    from nas.pipeline import Run, parse_limits
+
+    run = Run.open(parsed.run)
+    if parsed.architecture is not None:
+        architecture = run.space.parse(parsed.architecture)
+        precisions = run.space.lower(architecture).precisions
+        point = Evaluation(architecture.id, str(architecture), {}, precisions)
+    elif parsed.id:
+        point = run.front.find(parsed.id)
+    else:
+        point = run.front.best(parsed.best, parse_limits(parsed.limit))
+    folder, manifest = run.export(point, parsed.out)
+    print(_summary_of_export(manifest))
+    print(f"model:   {folder / 'model.onnx'}\ncard:    {folder / 'card.md'}")
+
+
+def _spaces(parsed: argparse.Namespace) -> None:
+    from search_spaces import FAMILIES, build_space
+
+    for name in [parsed.name] if parsed.name else FAMILIES:
+        space = build_space(name, {})
+        small, large = (space.lower(a) for a in (space.smallest, space.largest))
+        print(
+            f"{name}: {len(space.choices)} choices, {space.size:.3g} architectures, "
+            f"{small.macs / 1e6:.3g} to {large.macs / 1e6:.3g} MMACs by default"
+        )
+        if parsed.name:
+            print(f"\n{(type(space).__doc__ or '').strip()}\n\nchoices by default:")
+            for choice in space.choices:
+                print(f"  {choice.name}: {', '.join(map(str, choice.options))}")
+
+
+def _devices(parsed: argparse.Namespace) -> None:
+    from hardware_profiles import device_names, load_device
+    from nas.costs import ProfiledDevice
+
+    for name in [parsed.name] if parsed.name else device_names():
+        print(_summary_of_device(ProfiledDevice(load_device(name))))
+        if parsed.name:
+            device = load_device(name)
+            print(f"latency: {device.latency_model.source}")
+            for key, source in device.sources.items():
+                print(f"{key}: {source}")
+
+
+def _doctor(parsed: argparse.Namespace) -> None:
+    from nas.doctor import doctor
+
+    facts, problems = doctor()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+    print("\n".join(f"missing: {problem}" for problem in problems) or "nothing is missing")
+
+
+# printing ------------------------------------------------------------------------------------------------
+
+
+def table(front: ParetoFront) -> str:
+    """The front as text, objectives first, in units a person reads."""
+    from nas.plot import LABELS, SCALES
+
+    keys = [o.key for o in front.objectives]
+    keys += [k for k in (front.points[0].figures if front.points else ()) if k not in keys]
+    columns: dict[str, list[str]] = {"id": [point.id for point in front.points]}
+    for key in keys:
+        name, _, device = key.partition("@")
+        from nas.costs import FIGURES
+
+        scale = SCALES[FIGURES[name][0]]
+        title = LABELS[name] + (f" {device}" if device else "")
+        columns[title] = [_number(point[key] * scale) for point in front.points]
+        if name == "latency_ms" and any(key in point.predicted for point in front.points):
+            columns[f"predicted {device}"] = [
+                _number(point.predicted[key].value * scale) if key in point.predicted else "" for point in front.points
+            ]
+    widths = {title: max(len(title), *map(len, cells)) if cells else len(title) for title, cells in columns.items()}
+    lines = ["  ".join(f"{title:>{widths[title]}}" for title in columns)]
+    for row in zip(*columns.values(), strict=True):
+        lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths.values(), strict=True)))
+    return "\n".join([*lines, _footer(front)])
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _footer(front: ParetoFront) -> str:
+    origins: dict[str, set[str]] = {}
+    for point in front.points:
+        for key, figure in point.figures.items():
+            origins.setdefault(key, set()).add(figure.origin)
+    said = [f"{key} {'/'.join(sorted(found))}" for key, found in origins.items() if found != {"exact"}]
+    noise = [f"noise of {key} {value:.1%}" for key, value in (front.noise or {}).items()]
+    return f"{len(front.points)} non-dominated subnets; {'; '.join([*said, *noise])}"
+
+
+def _json(front: ParetoFront) -> str:
+    from nas.front import to_dict
+
+    return json.dumps(to_dict(front), indent=1)
+
+
+def _csv(front: ParetoFront) -> str:
+    return str(front.to_frame().to_csv(index=False)).rstrip("\n")
+
+
+FORMATS: Mapping[str, Callable[[Any], str]] = {"table": table, "json": _json, "csv": _csv}
+
+
+def _summary_of_devices(run: Run) -> str:
+    return "\n".join(_summary_of_device(device) for device in run.devices.values())
+
+
+def _summary_of_device(device: Any) -> str:
+    profile = device.profile
+    limits = [
+        f"{name} {bytes_ / 1024:.0f} KiB"
+        for name, bytes_ in (("SRAM", profile.sram_limit_bytes), ("flash", profile.flash_limit_bytes))
+        if bytes_
+    ]
+    precisions = dict.fromkeys(p for kind in ("conv2d", "linear") for p in profile.precisions.get(kind, ()))
+    held_out = device.predictor.report() if device.predictor else profile.latency_model.held_out
+    origin = f"predictor fitted on {held_out['networks']} measured subnets" if device.predictor else f"latency {profile.latency_model.origin}"
+    error = f"held-out median error {held_out['median_error']:.1%}" if "median_error" in held_out else "error not known"
+    if device.predictor:
+        error += f" (MACs only: {held_out['macs_only']['median_error']:.1%})"
+    if profile.is_measured_live and not device.predictor:
+        error = "fitted by 'nas profile'"
+    parts = [f"{profile.name}: {profile.title}", profile.kind, profile.runtime, *limits, "/".join(precisions), origin, error]
+    return "; ".join(parts)
+
+
+def _summary_of_check(name: str, check: Mapping[str, Any]) -> str:
+    return (
+        f"{name}: {check['networks']} fresh subnets measured later: median error {check['median_error']:.1%}, "
+        f"{check['within_10_percent']:.0%} within 10 %, Spearman {check['spearman']:.3f}; "
+        f"MACs only {check['macs_only_median_error']:.1%}; repeat-measurement noise {check['repeat_noise']:.1%}"
+    )
+
+
+def _summary_of_export(manifest: Mapping[str, Any]) -> str:
+    accuracy, parity = manifest["accuracy"], manifest["parity"]
+    return (
+        f"exported {manifest['id']}: test accuracy {accuracy['test']:.2%}, {manifest['int8_macs_share']:.0%} of the MACs "
+        f"in int8, agrees with torch on {parity['top1_agreement']:.2%} of {parity['images']} test images"
+    )
+
+
+# arguments -----------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nas", description="Hardware-aware neural architecture search.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: Callable[[argparse.Namespace], None], help_: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=help_, description=help_)
+        made.set_defaults(verb=function)
+        return made
+
+    run = verb("run", _run, "Do every stage of an experiment; started again, it goes on where it was stopped.")
+    run.add_argument("experiment", help="a YAML file, or the name of a shipped recipe such as quickstart")
+    train = verb("train", _train, "Train the supernet of a run, or of an experiment.")
+    train.add_argument("run", metavar="RUN|EXPERIMENT")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint (it always does)")
+    for made in (run, train):
+        made.add_argument("--out", type=Path, help="run directory; runs/NAME by default")
+        made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.epochs=10")
+
+    profile = verb("profile", _profile, "Profile a device for a run.")
+    profile.add_argument("--device", required=True, metavar="NAME|FILE")
+    profile.add_argument("--samples", type=_positive, help="subnets to measure")
+    search = verb("search", _search, "Search the trained supernet of a run and measure the front.")
+    search.add_argument("--confidence", type=float, help="0.95: latency limits hold for the upper end of the interval")
+    search.add_argument("--trials", type=_positive, help="distinct architectures to evaluate")
+    search.add_argument("--storage", metavar="URL", help="any Optuna storage; SQLite in the run directory by default")
+    pareto = verb("pareto", _pareto, "Query the front of a run.")
+    chosen = pareto.add_mutually_exclusive_group()
+    chosen.add_argument("--best", metavar="FIGURE", help="only the best point in a figure, such as accuracy")
+    chosen.add_argument("--knee", action="store_true", help="only the point where trading stops paying")
+    pareto.add_argument("--format", choices=list(FORMATS), default="table")
+    pareto.add_argument("--plot", type=Path, metavar="FILE.png")
+    export = verb("export", _export, "Export a subnet of a run as a verified ONNX model.")
+    which = export.add_mutually_exclusive_group(required=True)
+    which.add_argument("--architecture", metavar="TEXT")
+    which.add_argument("--id")
+    which.add_argument("--best", metavar="FIGURE")
+    export.add_argument("--out", type=Path, help="RUN/exports by default")
+    for made in (profile, search, pareto, export):
+        made.add_argument("run", type=Path, metavar="RUN")
+    for made in (search, pareto, export):
+        made.add_argument("--limit", action="append", default=[], metavar="'FIGURE[@DEVICE]<=NUMBER[unit]'")
+
+    verb("spaces", _spaces, "List the families of search spaces, or describe one.").add_argument("name", nargs="?")
+    verb("devices", _devices, "List the devices, or describe one.").add_argument("name", nargs="?")
+    verb("doctor", _doctor, "Show versions, processor and GPU, and what is missing.")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""A run: the stages of an experiment in one directory, each of which goes on where it was stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hardware_profiles import load_device
+from nas.config import BadExperiment, DeviceSettings, Experiment, read_experiment
+from nas.costs import Limit, ProfiledDevice, check_devices, parse_limit, parse_objective
+from nas.data import Data, load_data
+from nas.export import export
+from nas.files import read_json, write_json, write_text
+from nas.front import Evaluation, ParetoFront
+from nas.profile import check_predictor, profile
+from nas.remeasure import remeasure
+from nas.search import Evaluator, search, storage_url, study_name
+from nas.supernet import Supernet
+from nas.train import check_fit, load_weights, train
+from nas.checkpoints import load_checkpoint
+from nas.versions import versions
+from predictors import LatencyPredictor
+from search_spaces import SearchSpace, build_space
+
+log = logging.getLogger(__name__)
+
+FIXED = ("name", "seed", "data", "space", "train")  # what a run directory is made of; the rest may change
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and its experiment. Data, space and supernet are made when first asked for."""
+
+    folder: Path
+    experiment: Experiment
+
+    @classmethod
+    def create(cls, folder: Path, experiment: Experiment) -> Run:
+        """Start or continue a run; raises BadExperiment when the directory belongs to another experiment.
+
+        Everything the experiment names is checked before anything is written.
+        """
+        run = cls(folder, experiment)
+        run.check()
+        path = folder / "experiment.yaml"
+        if path.exists():
+            held, wanted = read_experiment(path).to_dict(), experiment.to_dict()
+            changed = [key for key in FIXED if held[key] != wanted[key]]
+            if changed:
+                raise BadExperiment(
+                    f"{folder} holds another experiment: {', '.join(changed)} differ; "
+                    "use another --out, or delete the directory"
+                )
+        elif folder.exists() and any(folder.iterdir()):
+            raise BadExperiment(f"{folder} is not empty and holds no experiment.yaml; use another --out")
+        content = experiment.to_dict() | {"versions": versions()}
+        write_text(path, yaml.safe_dump(content, sort_keys=False))
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """A run that exists; raises BadExperiment where there is none."""
+        path = folder / "experiment.yaml"
+        if not path.is_file():
+            raise BadExperiment(f"{folder} is no run directory: it has no experiment.yaml; make one with 'nas run'")
+        return cls(folder, read_experiment(path))
+
+    def check(self) -> None:
+        """Load what the experiment names (data, space, devices, figures), so that a mistake shows before any work."""
+        profiled = {device.name: ProfiledDevice(device) for device in map(load_device, self._device_names())}
+        plan = self.experiment.search
+        keys = [parse_objective(text).key for text in plan.objectives]
+        keys += [parse_limit(text).key for text in (*plan.limits, *self.experiment.export.limits)]
+        check_devices(keys, profiled)
+        check_fit(self.space, self.data)
+
+    def _device_names(self) -> list[str]:
+        return [device.name for device in self.experiment.devices]
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The space; input channels and classes are the data's where the experiment does not say."""
+        settings: dict[str, Any] = dict(self.experiment.space)
+        family = settings.pop("family")
+        settings = {"channels": self.data.channels, "classes": len(self.data.classes), **settings}
+        return build_space(family, settings)
+
+    @cached_property
+    def data(self) -> Data:
+        options = asdict(self.experiment.data)
+        if options["side"] is None:
+            options["side"] = max(self.experiment.space.get("resolutions", [0]), default=0) or None
+        return load_data(options.pop("path"), seed=self.experiment.seed, **options)
+
+    @cached_property
+    def supernet(self) -> Supernet:
+        """The trained supernet of the run; raises BadExperiment when it is not trained yet."""
+        supernet = Supernet(self.space, seed=self.experiment.seed)
+        found = load_checkpoint(self.folder / "supernet")
+        if found is None or found[1]["step"] != found[1]["steps"]:
+            raise BadExperiment(f"{self.folder} has no trained supernet yet; run 'nas train {self.folder}'")
+        load_weights(supernet, found[0])
+        return supernet.eval()
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.supernet, self.data)
+
+    # stages --------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        supernet = Supernet(self.space, seed=self.experiment.seed)
+        settings = self.experiment.train
+        return train(supernet, self.data, seed=self.experiment.seed, folder=self.folder, settings=settings)
+
+    def device(self, settings: DeviceSettings) -> ProfiledDevice:
+        """A device, profiled now unless the run has its predictor for this space."""
+        described = load_device(settings.name)
+        if not described.is_measured_live:
+            return ProfiledDevice(described)
+        path, about = self._predictor_paths(described.name)
+        wanted = {"space": self.space.name, "samples": settings.samples, "seed": self.experiment.seed}
+        if path.exists() and about.exists() and read_json(about) == wanted:
+            return ProfiledDevice(described, LatencyPredictor.load(path))
+        log.info("profiling %s: measuring %d subnets", described.name, settings.samples)
+        profiled = profile(
+            self.space,
+            described,
+            samples=settings.samples,
+            seed=self.experiment.seed,
+            patience_s=self.experiment.patience_s,
+        )
+        assert profiled.predictor is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiled.predictor.save(path)
+        write_json(about, wanted)
+        return profiled
+
+    def _predictor_paths(self, name: str) -> tuple[Path, Path]:
+        folder = self.folder / "devices"
+        return folder / f"{name}.json", folder / f"{name}.for.json"
+
+    @cached_property
+    def devices(self) -> dict[str, ProfiledDevice]:
+        profiled = [self.device(settings) for settings in self.experiment.devices]
+        return {device.name: device for device in profiled}
+
+    def search(self, storage: str | None = None) -> ParetoFront:
+        """Search, then re-measure the front; both kept in front.json, which is reused while nothing changed."""
+        plan = self.experiment.search
+        objectives = [parse_objective(text) for text in plan.objectives]
+        limits = [parse_limit(text, plan.confidence) for text in plan.limits]
+        key = study_name(self.evaluator, objectives, limits, self.devices, plan.settings, self.experiment.seed)
+        key += f"-{plan.trials}"
+        path, about = self.folder / "front.json", self.folder / "front.for.json"
+        if path.exists() and about.exists() and read_json(about) == {"search": key}:
+            return ParetoFront.load(path)
+        found = search(
+            self.supernet,
+            self.data,
+            objectives,
+            limits,
+            devices=self.devices,
+            seed=self.experiment.seed,
+            storage=storage or storage_url(self.folder),
+            settings=plan.settings,
+            evaluator=self.evaluator,
+        )
+        front = remeasure(found, self.evaluator, self.devices, patience_s=self.experiment.patience_s)
+        front.save(path)
+        write_json(about, {"search": key})
+        return front
+
+    def check_predictors(self) -> dict[str, Any]:
+        """Held-out checks of the predictors of measured devices, kept beside them."""
+        found = {}
+        for name, device in self.devices.items():
+            if device.predictor is None:
+                continue
+            path = self.folder / "devices" / f"{name}.check.json"
+            if path.exists() and read_json(path).get("predictor") == device.key:
+                found[name] = read_json(path)["check"]
+                continue
+            checked = check_predictor(
+                self.space, device, seed=self.experiment.seed + 1, patience_s=self.experiment.patience_s
+            )
+            write_json(path, {"predictor": device.key, "check": asdict(checked)})
+            found[name] = asdict(checked)
+        return found
+
+    @property
+    def front(self) -> ParetoFront:
+        """The front of the run; raises BadExperiment where nothing was searched yet."""
+        path = self.folder / "front.json"
+        if not path.exists():
+            raise BadExperiment(f"{self.folder} has no front yet; run 'nas search {self.folder}'")
+        return ParetoFront.load(path)
+
+    def chosen(self, front: ParetoFront) -> Evaluation:
+        """The point that the experiment exports."""
+        plan = self.experiment.export
+        return front.best(plan.best, [parse_limit(text) for text in plan.limits])
+
+    def export(self, point: Evaluation, folder: Path | None = None) -> tuple[Path, dict[str, Any]]:
+        """(folder, manifest) of an exported point; what is there for this very supernet is kept."""
+        target = folder or self.folder / "exports"
+        manifest = target / point.id / "manifest.json"
+        if manifest.exists():
+            held = read_json(manifest)
+            if held["supernet_sha256"] == self.evaluator.supernet_sha256 and held["architecture"] == point.architecture:
+                return manifest.parent, held
+        made = export(
+            self.supernet,
+            point,
+            self.data,
+            target,
+            devices=self.devices,
+            evaluator=self.evaluator,
+            patience_s=self.experiment.patience_s,
+        )
+        return target / point.id, made
+
+
+def with_search(run: Run, limits: Sequence[str], confidence: float | None, trials: int | None) -> Run:
+    """The run with another search: limits, confidence or trials replaced where given."""
+    plan = run.experiment.search
+    changed = replace(
+        plan,
+        limits=tuple(limits) or plan.limits,
+        confidence=confidence if confidence is not None else plan.confidence,
+        trials=trials or plan.trials,
+    )
+    return Run(run.folder, replace(run.experiment, search=changed))
+
+
+def parse_limits(texts: Sequence[str], confidence: float | None = None) -> list[Limit]:
+    return [parse_limit(text, confidence) for text in texts]
