@@ -59,8 +59,8 @@ class Choice:
 class Architecture:
     """One point of a space: immutable, hashable and canonical, so equal exactly when the network is the same.
 
-    `codes` holds the option index of every choice, zero where the choice is inactive. `str` lists what
-    differs from the first options and reads back through `SearchSpace.parse`.
+    `codes` holds the option index of every choice, zero where the choice is inactive. `str` lists the
+    first choice and what differs from the first options, and reads back through `SearchSpace.parse`.
     """
 
     space: str
@@ -82,7 +82,8 @@ class Architecture:
 
     def __str__(self) -> str:
         pairs = zip(self.choices, self.codes, strict=True)
-        return ",".join(f"{choice.name}={choice.options[code]}" for choice, code in pairs if code)
+        told = [(choice, code) for i, (choice, code) in enumerate(pairs) if code or i == 0]
+        return ",".join(f"{choice.name}={choice.options[code]}" for choice, code in told)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,111 @@
+"""What the fitting scripts share: where a fit comes from, how it is judged, and the files it is written to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from hardware_profiles.device import SHIPPED, load_device
+from hardware_profiles.machine import this_machine
+from predictors.regression import fit_coefficients, predict_left_out, relative_interval, scores, with_constant
+
+RESULTS = Path(__file__).parent / "results"
+DIGITS = 6  # of a number in a device file: far below the error of any fit, and stable between machines
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """The command, commit, machine and versions that make a result repeatable."""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "command": command,
+        "commit": found.stdout.strip() if found.returncode == 0 else None,
+        "machine": this_machine().cpu,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("numpy", "scipy", "pyyaml")},
+    }
+
+
+def judged_fit(matrix: np.ndarray, macs: np.ndarray, latency_ms: np.ndarray, fold: np.ndarray) -> dict[str, Any]:
+    """Coefficients on all networks, and errors on those of the fold left out, beside a line through the MACs.
+
+    matrix (n, d), macs (n,), latency_ms (n,), fold (n,). A fit on so few networks needs no ridge.
+    """
+    left_out = predict_left_out(matrix, latency_ms, fold, ridge=0.0)
+    macs_only = predict_left_out(with_constant(macs[:, None]), latency_ms, fold, ridge=0.0)
+    relative_error, coverage = relative_interval(left_out, latency_ms)
+    return {
+        "coefficients": fit_coefficients(matrix, latency_ms, ridge=0.0),
+        "left_out_ms": left_out,
+        "relative_error": relative_error,
+        "coverage": coverage,
+        "held_out": scores(left_out, latency_ms),
+        "macs_only": scores(macs_only, latency_ms),
+    }
+
+
+def held_out_section(fit: Mapping[str, Any], networks: int, folds: int) -> dict[str, float]:
+    """The errors as a device file holds them."""
+    return {
+        "networks": networks,
+        "folds": folds,
+        **{name: rounded(value) for name, value in fit["held_out"].items()},
+        "coverage": rounded(fit["coverage"]),
+        "macs_only_mape": rounded(fit["macs_only"]["mape"]),
+        "macs_only_spearman": rounded(fit["macs_only"]["spearman"]),
+    }
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def spread(families: Sequence[str], quantities: Mapping[str, float]) -> dict[str, float]:
+    """Coefficients that families share, written out for each: `family.precision.quantity` -> ms per unit."""
+    return {
+        f"{family}.{quantity}": rounded(value) for family in sorted(families) for quantity, value in quantities.items()
+    }
+
+
+def write_device(name: str, command: str, sections: Mapping[str, Any]) -> None:
+    """Replace the written part of a shipped device file, all from its marker on, if the outcome can be read."""
+    path = SHIPPED / f"{name}.yaml"
+    marker = f"# All below is written by: {command} --write\n"
+    head, found, _ = path.read_text(encoding="utf-8").partition(marker)
+    if not found:
+        raise ValueError(f"{path} has no line {marker.strip()!r}; add it where the written part shall begin")
+    body = yaml.safe_dump(dict(sections), sort_keys=False, width=110, allow_unicode=True)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / path.name
+        trial.write_text(head + marker + body, encoding="utf-8")
+        load_device(trial)
+    replace_text(path, head + marker + body)
+
+
+def write_result(name: str, result: Mapping[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    replace_text(RESULTS / f"{name}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write under a temporary name in the same folder and rename, so that no reader sees half of it."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,31 @@
+"""What networks run on: device profiles, and what a network costs there in time and memory."""
+
+from hardware_profiles.cost_model import AdditiveModel, Prediction, UnsupportedLayer, features
+from hardware_profiles.device import (
+    DeviceProfile,
+    InvalidProfile,
+    LatencyModel,
+    UnavailableCost,
+    UnknownDevice,
+    device_names,
+    load_device,
+)
+from hardware_profiles.memory import PLANNERS, UnknownPlanner, flash_bytes, peak_sram_bytes
+
+__all__ = [
+    "PLANNERS",
+    "AdditiveModel",
+    "DeviceProfile",
+    "InvalidProfile",
+    "LatencyModel",
+    "Prediction",
+    "UnavailableCost",
+    "UnknownDevice",
+    "UnknownPlanner",
+    "UnsupportedLayer",
+    "device_names",
+    "features",
+    "flash_bytes",
+    "load_device",
+    "peak_sram_bytes",
+]

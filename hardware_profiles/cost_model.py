@@ -1,0 +1,186 @@
+"""Latency as a sum over layers: additive features of a network, and a model with one coefficient a feature.
+
+A feature is `family.precision.quantity`. The family is what a runtime has a kernel for (`pointwise`,
+`depthwise`, `average_pool`, `hardswish`, ...), the precision is the layer's own, and the quantities are
+
+    count         layers of that family: the fixed price of starting a kernel
+    macs          multiply-accumulates, of the families that have any
+    bytes         activations read and written
+    weight_bytes  stored parameters read, of the families that have any
+
+A tensor that is made in one precision and read in another adds a `quantize` or a `dequantize`, once a
+tensor and not once a reader; the image arrives in float. Summing kernels is the table method of FBNet
+(arXiv 1812.03443), with the table replaced by a line through each family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from search_spaces import INPUT, Layer, Network
+from search_spaces.layers import FREE_ACTIVATIONS
+
+FREE_KINDS = ("parameter",)  # constants: read where they are stored
+QUANTITIES = ("count", "macs", "bytes", "weight_bytes")
+FAMILIES = (
+    "conv",
+    "pointwise",
+    "depthwise",
+    "grouped",
+    "linear",
+    "matmul",
+    "norm",
+    "softmax",
+    "average_pool",
+    "max_pool",
+    "add",
+    "multiply",
+    "reshape",
+    "permute",
+    "quantize",
+    "dequantize",
+    *FREE_ACTIVATIONS,
+)
+
+
+class UnsupportedLayer(LookupError):
+    """A network has layers of a family and precision that the cost model was never fitted on."""
+
+    def __str__(self) -> str:  # LookupError subclasses may quote their message
+        return str(self.args[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A predicted latency of one forward pass of one sample, in milliseconds.
+
+    `low_ms` and `high_ms` bound the 90 % interval; both are None where the error of the model is not known.
+    """
+
+    mean_ms: float
+    low_ms: float | None
+    high_ms: float | None
+    origin: str = "predicted"
+
+
+def predicted(mean_ms: float, relative_error: float | None) -> Prediction:
+    """A prediction whose interval is `relative_error` of the mean to either side."""
+    if relative_error is None:
+        return Prediction(mean_ms, None, None)
+    return Prediction(mean_ms, max(mean_ms * (1 - relative_error), 0.0), mean_ms * (1 + relative_error))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A copy of the tensor `source` in another precision: `quantize` to integers or `dequantize` to float.
+
+    `reader` is the index of the first layer that needs it.
+    """
+
+    reader: int
+    source: str
+    family: str
+    elements: int
+
+
+def family_of(layer: Layer) -> str:
+    """The name of the kernel that runs the layer: its kind, told apart where runtimes have different kernels."""
+    kind = layer.kind
+    if kind == "conv2d":
+        if layer.is_depthwise:
+            return "depthwise"
+        if layer.groups > 1:
+            return "grouped"
+        return "pointwise" if layer.kernel == 1 else "conv"
+    if kind == "pool":
+        return "max_pool" if layer["mode"] == "max" else "average_pool"
+    return layer.activation if kind == "activation" else kind
+
+
+def conversions(network: Network) -> Iterator[Conversion]:
+    """The copies that mixed precision needs, in the order of their first readers; the image arrives in float.
+
+    An integer layer that ends the network writes floats itself, as the exported models do.
+    """
+    integer = {INPUT: False}
+    copied: set[str] = set()
+    for index, layer in enumerate(network.layers):
+        wanted = layer.precision.is_quantized
+        for source, shape in zip(layer.inputs, layer.in_shapes, strict=True):
+            if integer[source] != wanted and source not in copied:
+                copied.add(source)
+                yield Conversion(index, source, "quantize" if wanted else "dequantize", prod(shape))
+        integer[layer.name] = wanted
+
+
+def features(network: Network) -> dict[str, float]:
+    """Additive features of a network: `family.precision.quantity` -> total."""
+    totals: dict[str, float] = {}
+    for layer in network.layers:
+        if layer.kind not in FREE_KINDS:
+            precision = layer.precision
+            elements = sum(map(prod, layer.in_shapes)) + prod(layer.out_shape)
+            moved_bytes = elements * precision.activation_bits / 8
+            accumulate(totals, f"{family_of(layer)}.{precision.name}", layer.macs, moved_bytes, layer.weight_bytes)
+    for copy in conversions(network):
+        accumulate(totals, f"{copy.family}.int8", 0, copy.elements * 5, 0)  # four bytes on one side, one on the other
+    return totals
+
+
+def accumulate(totals: dict[str, float], prefix: str, macs: float, moved_bytes: float, weight_bytes: float) -> None:
+    """Add one kernel to the features in place; `prefix` is `family.precision`."""
+    amounts = (("count", 1.0), ("macs", macs), ("bytes", moved_bytes), ("weight_bytes", weight_bytes))
+    for quantity, amount in amounts:
+        if amount:
+            key = f"{prefix}.{quantity}"
+            totals[key] = totals.get(key, 0.0) + amount
+
+
+@dataclass(frozen=True)
+class AdditiveModel:
+    """latency_ms = constant_ms + sum of coefficient * feature.
+
+    A coefficient of zero says that the family was there and cost nothing; a family and precision without
+    any coefficient was never seen, and a network that has it is refused.
+    """
+
+    coefficients: Mapping[str, float]
+    constant_ms: float = 0.0
+
+    @cached_property
+    def supported(self) -> frozenset[str]:
+        """`family.precision` of everything the model was fitted on."""
+        return frozenset(name.rpartition(".")[0] for name in self.coefficients)
+
+    def unsupported_layers(self, network: Network) -> tuple[str, ...]:
+        """Names of the layers, and `quantize TENSOR` for the conversions, that the model knows no cost of."""
+        layers = [
+            layer.name
+            for layer in network.layers
+            if layer.kind not in FREE_KINDS and f"{family_of(layer)}.{layer.precision.name}" not in self.supported
+        ]
+        copies = [
+            f"{copy.family} {copy.source}"
+            for copy in conversions(network)
+            if f"{copy.family}.int8" not in self.supported
+        ]
+        return (*layers, *copies)
+
+    def latency_ms(self, network: Network) -> float:
+        """Milliseconds of one forward pass; raises UnsupportedLayer naming what the model was not fitted on."""
+        total = self.constant_ms
+        for name, amount in features(network).items():
+            coefficient = self.coefficients.get(name)
+            if coefficient is not None:
+                total += coefficient * amount
+            elif name.rpartition(".")[0] not in self.supported:
+                raise UnsupportedLayer(self._refusal(network))
+        return total
+
+    def _refusal(self, network: Network) -> str:
+        layers = self.unsupported_layers(network)
+        shown = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
+        return f"no measurement covers {shown}; this model knows {', '.join(sorted(self.supported))}"

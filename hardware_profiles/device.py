@@ -1,0 +1,310 @@
+"""Device profiles: what a network runs on, read from one YAML file a device.
+
+A profile says which precisions are legal for which kinds of layer, the memory there is and how a runtime
+uses it, and what latency to expect. A number stands in the file together with its source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hardware_profiles.cost_model import FAMILIES, QUANTITIES, AdditiveModel, Prediction, predicted
+from hardware_profiles.memory import PLANNERS, flash_bytes, peak_sram_bytes
+from search_spaces import KINDS, PRECISIONS, Network
+
+SHIPPED = Path(__file__).parent / "devices"
+SCHEMA = 1
+DEVICE_KINDS = ("cpu", "mcu", "gpu", "npu")
+ORIGINS = ("fitted", "derived", "measured")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_REQUIRED = object()
+
+
+class UnknownDevice(LookupError):
+    """A name that is no shipped profile, or a file that is not there."""
+
+    def __str__(self) -> str:  # LookupError subclasses may quote their message
+        return str(self.args[0])
+
+
+class InvalidProfile(ValueError):
+    """A profile file with a key or value that is missing, unknown or of the wrong type."""
+
+
+class UnavailableCost(RuntimeError):
+    """A cost that the profile has no model of."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyModel:
+    """Where the latencies of a device come from.
+
+    origin: `fitted` to measurements of this device; `derived` from a model of another one, so that its
+        error is not known; `measured`: there is no model, the device is at hand and is measured.
+    relative_error: half the 90 % interval over the prediction, from networks left out of the fit.
+    held_out: those errors in full (shares of the latency), beside those of a model that knows MACs only.
+    """
+
+    origin: str
+    source: str
+    additive: AdditiveModel | None = None
+    relative_error: float | None = None
+    held_out: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """A device with one runtime.
+
+    precisions: kind of layer -> names of the precisions it may have; a kind that is absent cannot run.
+    planner: which of `memory.PLANNERS` the runtime's memory is modelled by; None where SRAM is no concern.
+    sram_overhead: what a runtime needs on top of the planned peak, as a share of it.
+    sources: dotted key of the file -> where its number comes from.
+    """
+
+    name: str
+    title: str
+    kind: str
+    runtime: str
+    threads: int
+    precisions: Mapping[str, tuple[str, ...]]
+    latency_model: LatencyModel
+    sram_limit_bytes: int | None = None
+    flash_limit_bytes: int | None = None
+    planner: str | None = None
+    sram_overhead: float = 0.0
+    flash_overhead_bytes: int = 0
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_measured_live(self) -> bool:
+        return self.latency_model.origin == "measured"
+
+    def illegal_layers(self, network: Network) -> tuple[str, ...]:
+        """Names of the layers that the device cannot run as they are; nothing is converted silently."""
+        return tuple(
+            layer.name for layer in network.layers if layer.precision.name not in self.precisions.get(layer.kind, ())
+        )
+
+    def sram_bytes(self, network: Network) -> int:
+        """Peak SRAM of one forward pass, the runtime's own included; raises UnavailableCost without a planner."""
+        if self.planner is None:
+            raise UnavailableCost(f"{self.name} has no memory planner; only profiles with one give sram_bytes")
+        return ceil(peak_sram_bytes(network, self.planner) * (1 + self.sram_overhead))
+
+    def flash_bytes(self, network: Network) -> int:
+        """Stored parameters and the runtime's code."""
+        return flash_bytes(network, self.flash_overhead_bytes)
+
+    def latency(self, network: Network) -> Prediction:
+        """The predicted latency of one forward pass of one sample.
+
+        Raises UnavailableCost where the device is measured instead, and UnsupportedLayer naming the layers
+        that no measurement covers. Whether the layers are legal is `illegal_layers`' business.
+        """
+        additive = self.latency_model.additive
+        if additive is None:
+            raise UnavailableCost(
+                f"{self.name} has no latency model: it is measured where it is at hand; "
+                "fit a predictors.LatencyPredictor on measurements of it"
+            )
+        return predicted(additive.latency_ms(network), self.latency_model.relative_error)
+
+
+def device_names() -> tuple[str, ...]:
+    """The shipped profiles, sorted."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+
+
+def load_device(name_or_path: str | Path) -> DeviceProfile:
+    """A shipped profile by name, or a file: anything with a path separator or a .yaml suffix.
+
+    Raises UnknownDevice with the nearest name, and InvalidProfile in one line for a file that is not right.
+    """
+    text = str(name_or_path)
+    is_file = isinstance(name_or_path, Path) or text.endswith((".yaml", ".yml")) or "/" in text or os.sep in text
+    if not is_file and text not in device_names():
+        raise UnknownDevice(f"unknown device {text!r}{_nearest(text, device_names())}; or give the path of a YAML file")
+    path = Path(name_or_path) if is_file else SHIPPED / f"{text}.yaml"
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnknownDevice(f"cannot read the device file {path}: {error}") from None
+    try:
+        data = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise InvalidProfile(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    return _profile(_Section(str(path), "", data))
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+class _Section:
+    """A mapping of the file; every key is taken once, and what is left at the end is unknown."""
+
+    def __init__(self, file: str, key: str, data: object) -> None:
+        self.file, self.key = file, key
+        if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
+            raise self.wrong("", "a mapping with names as keys", data)
+        self.left: dict[str, Any] = dict(data)
+        self.taken: list[str] = []
+
+    def path(self, name: str) -> str:
+        return ".".join(filter(None, (self.key, name)))
+
+    def wrong(self, name: str, expected: str, got: object) -> InvalidProfile:
+        where = self.path(name)
+        got_text = "nothing" if got is None else repr(got) if len(repr(got)) < 60 else f"a {type(got).__name__}"
+        return InvalidProfile(f"{self.file}: {where + ': ' if where else ''}expected {expected}, got {got_text}")
+
+    def take(self, name: str, default: object = _REQUIRED) -> Any:
+        self.taken.append(name)
+        value = self.left.pop(name, default)
+        if value is _REQUIRED:
+            # a misspelt key is better reported as itself than as the absence of the right one
+            close = [other for other in self.left if difflib.get_close_matches(other, [name], n=1)]
+            hint = f"; did you mean it by {close[0]!r}?" if close else ""
+            raise InvalidProfile(f"{self.file}: missing key {self.path(name)!r}{hint}")
+        return value
+
+    def text(self, name: str, *, choices: Iterable[str] = ()) -> str:
+        value = self.take(name)
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(name, "a text", value)
+        if choices and value not in choices:
+            raise self.wrong(name, f"one of {', '.join(choices)}", value)
+        return value
+
+    def number(self, name: str, *, lowest: float = 0.0, default: object = _REQUIRED) -> float:
+        value = self.take(name, default)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < lowest:
+            raise self.wrong(name, f"a number of {lowest:g} or more", value)
+        return float(value)
+
+    def integer(self, name: str, *, lowest: int = 0) -> int:
+        value = self.take(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            raise self.wrong(name, f"an integer of {lowest} or more", value)
+        return value
+
+    def section(self, name: str, *, optional: bool = False) -> _Section | None:
+        value = self.take(name, None if optional else _REQUIRED)
+        return None if value is None and optional else _Section(self.file, self.path(name), value)
+
+    def done(self) -> None:
+        for name in self.left:
+            raise InvalidProfile(f"{self.file}: unknown key {self.path(name)!r}{_nearest(name, self.taken)}")
+
+
+def _profile(top: _Section) -> DeviceProfile:
+    if top.integer("schema") != SCHEMA:
+        raise InvalidProfile(f"{top.file}: schema: expected {SCHEMA}; this file is of another version of the project")
+    name = top.text("name")
+    if not _NAME.fullmatch(name):
+        raise top.wrong("name", "lower-case letters, digits, - and _", name)
+    title, kind = top.text("title"), top.text("kind", choices=DEVICE_KINDS)
+    runtime, threads = top.text("runtime"), top.integer("threads", lowest=1)
+    sources: dict[str, str] = {}
+    limits = _limits(top.section("limits", optional=True), sources)
+    precisions = _precisions(top, sources)
+    memory = _memory(top.section("memory", optional=True), sources)
+    latency_section = top.section("latency")
+    assert latency_section is not None
+    latency = _latency(latency_section)
+    top.done()
+    return DeviceProfile(name, title, kind, runtime, threads, precisions, latency, **limits, **memory, sources=sources)
+
+
+def _sourced(section: _Section, name: str, sources: dict[str, str]) -> _Section:
+    """A number with its source: a mapping of `value` and `source`; the value is still to be taken."""
+    inner = section.section(name)
+    assert inner is not None
+    sources[inner.key] = inner.text("source")
+    return inner
+
+
+def _limits(section: _Section | None, sources: dict[str, str]) -> dict[str, Any]:
+    if section is None:
+        return {}
+    found: dict[str, Any] = {}
+    for name in ("sram_bytes", "flash_bytes"):
+        inner = _sourced(section, name, sources)
+        found[name.replace("_", "_limit_")] = inner.integer("value", lowest=1)
+        inner.done()
+    section.done()
+    return found
+
+
+def _precisions(top: _Section, sources: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    section = _sourced(top, "precisions", sources)
+    layers = section.section("value")
+    assert layers is not None
+    found: dict[str, tuple[str, ...]] = {}
+    for kind in list(layers.left):
+        names = layers.take(kind)
+        if kind not in KINDS:
+            raise InvalidProfile(f"{layers.file}: unknown kind of layer {layers.path(kind)!r}{_nearest(kind, KINDS)}")
+        if not isinstance(names, list) or not names or not all(name in PRECISIONS for name in names):
+            raise layers.wrong(kind, f"a list of {', '.join(PRECISIONS)}", names)
+        found[kind] = tuple(names)
+    section.done()
+    return found
+
+
+def _memory(section: _Section | None, sources: dict[str, str]) -> dict[str, Any]:
+    if section is None:
+        return {}
+    planner = section.text("planner", choices=PLANNERS)
+    sram = _sourced(section, "sram_overhead", sources)
+    flash = _sourced(section, "flash_overhead_bytes", sources)
+    found = {
+        "planner": planner,
+        "sram_overhead": sram.number("value"),
+        "flash_overhead_bytes": flash.integer("value"),
+    }
+    for inner in (sram, flash, section):
+        inner.done()
+    return found
+
+
+def _latency(section: _Section) -> LatencyModel:
+    origin, source = section.text("origin", choices=ORIGINS), section.text("source")
+    if origin == "measured":
+        section.done()
+        return LatencyModel(origin, source)
+    constant_ms = section.number("constant_ms")
+    coefficients = section.section("coefficients_ms")
+    assert coefficients is not None
+    values = {name: coefficients.number(name) for name in list(coefficients.left)}
+    for name in values:
+        family, _, rest = name.partition(".")
+        precision, _, quantity = rest.partition(".")
+        if family not in FAMILIES or precision not in PRECISIONS or quantity not in QUANTITIES:
+            raise InvalidProfile(
+                f"{section.file}: {coefficients.path(name)}: expected FAMILY.PRECISION.QUANTITY"
+                f"{_nearest(family, FAMILIES)}"
+            )
+    held_out: dict[str, float] = {}
+    relative_error = None
+    if origin == "fitted":
+        relative_error = section.number("relative_error")
+        errors = section.section("held_out")
+        assert errors is not None
+        held_out = {name: errors.number(name, lowest=-1.0) for name in list(errors.left)}
+    section.done()
+    return LatencyModel(origin, source, AdditiveModel(values, constant_ms), relative_error, held_out)

@@ -1,0 +1,6 @@
+"""What a network will cost, learned from measurements."""
+
+from hardware_profiles.cost_model import Prediction, UnsupportedLayer
+from predictors.latency import LatencyPredictor, NotFitted
+
+__all__ = ["LatencyPredictor", "NotFitted", "Prediction", "UnsupportedLayer"]

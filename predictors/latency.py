@@ -1,0 +1,179 @@
+"""Latency predictors: fitted on measured networks, judged on networks left out, saved as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hardware_profiles.cost_model import AdditiveModel, Prediction, features, predicted
+from predictors.regression import (
+    fit_coefficients,
+    folds_of,
+    matrix_of,
+    predict_left_out,
+    relative_interval,
+    scores,
+    with_constant,
+)
+from search_spaces import Network
+
+SCHEMA = "fitnest.latency_predictor"
+VERSION = 1
+FEWEST_NETWORKS = 10  # nine are needed for a 90 % interval, and one to be left out
+
+
+class NotFitted(RuntimeError):
+    """The predictor was asked for something that only a fitted one has."""
+
+
+class LatencyPredictor:
+    """Latency as a sum over layers, with non-negative coefficients of least squared relative error.
+
+    The 90 % interval is a share of the prediction to either side, by conformal prediction on the residuals of
+    cross-validation. It holds for networks drawn like those of the fit.
+
+    Args:
+        folds: parts of the cross-validation.
+        seed: of the split into folds; the same measurements and seed give the same predictor.
+    """
+
+    def __init__(self, *, folds: int = 10, seed: int = 0) -> None:
+        if folds < 2:
+            raise ValueError(f"expected at least two folds, got {folds}")
+        self.folds = folds
+        self.seed = seed
+        self._model: AdditiveModel | None = None
+        self._relative_error = 0.0
+        self._report: dict[str, Any] = {}
+        self._provenance: dict[str, Any] = {}
+
+    @property
+    def model(self) -> AdditiveModel:
+        if self._model is None:
+            raise NotFitted("this latency predictor is not fitted; call fit(networks, latency_ms) or load(path)")
+        return self._model
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the latencies it was fitted on were measured."""
+        _ = self.model
+        return dict(self._provenance)
+
+    def fit(
+        self,
+        networks: Sequence[Network],
+        latency_ms: Sequence[float] | np.ndarray,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> LatencyPredictor:
+        """Fit on n networks and their latencies (n,), all measured under the conditions of `provenance`.
+
+        Raises ValueError for fewer than 10 distinct networks, lengths that differ, or a latency that is not a
+        positive number.
+        """
+        rows = [features(network) for network in networks]
+        latency = np.asarray(latency_ms, dtype=np.float64)
+        names = sorted({name for row in rows for name in row})
+        matrix = matrix_of(rows, names)
+        _check(matrix, latency)
+        fold = folds_of(matrix, self.folds, np.random.default_rng(self.seed))
+        left_out = predict_left_out(with_constant(matrix), latency, fold)
+        *coefficients, constant = fit_coefficients(with_constant(matrix), latency).tolist()
+        self._model = AdditiveModel(dict(zip(names, coefficients, strict=True)), constant)
+        self._relative_error, _ = relative_interval(left_out, latency)
+        macs = with_constant(np.array([[float(network.macs)] for network in networks]))
+        self._report = {
+            "networks": len(latency),
+            "folds": int(fold.max()) + 1,
+            **scores(left_out, latency),
+            "relative_error_90": self._relative_error,
+            "macs_only": scores(predict_left_out(macs, latency, fold), latency),
+        }
+        self._provenance = dict(provenance or {})
+        return self
+
+    def predict(self, networks: Iterable[Network]) -> list[Prediction]:
+        """A prediction for each network; raises NotFitted, and UnsupportedLayer for a layer never measured."""
+        model = self.model
+        return [predicted(model.latency_ms(network), self._relative_error) for network in networks]
+
+    def report(self) -> dict[str, Any]:
+        """Errors on networks left out of the fit, and those of a line through the MACs on the same folds.
+
+        mape, median_error, max_error and within_10_percent are shares; relative_error_90 is half the interval.
+        """
+        _ = self.model
+        return json.loads(json.dumps(self._report))
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        document = {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "folds": self.folds,
+            "seed": self.seed,
+            "constant_ms": self.model.constant_ms,
+            "coefficients_ms": dict(self.model.coefficients),
+            "relative_error_90": self._relative_error,
+            "report": self._report,
+            "provenance": self._provenance,
+        }
+        _replace(Path(path), json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyPredictor:
+        """Read back what `save` wrote; raises ValueError, saying what is wrong, for any other file."""
+        document = _read(Path(path))
+        try:
+            predictor = cls(folds=int(document["folds"]), seed=int(document["seed"]))
+            coefficients = {str(name): float(value) for name, value in document["coefficients_ms"].items()}
+            predictor._model = AdditiveModel(coefficients, float(document["constant_ms"]))
+            predictor._relative_error = float(document["relative_error_90"])
+            predictor._report = dict(document["report"])
+            predictor._provenance = dict(document["provenance"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged latency predictor ({error!r}); fit it again") from None
+        return predictor
+
+
+def _check(matrix: np.ndarray, latency: np.ndarray) -> None:
+    if latency.ndim != 1 or len(latency) != len(matrix):
+        raise ValueError(f"expected one latency for each of {len(matrix)} networks, got shape {latency.shape}")
+    if not (np.isfinite(latency).all() and (latency > 0).all()):
+        raise ValueError(f"expected positive latencies in ms, got {latency[~(latency > 0)][:3].tolist() or 'infinity'}")
+    distinct = len(np.unique(matrix, axis=0)) if matrix.size else 0
+    if distinct < FEWEST_NETWORKS:
+        raise ValueError(f"expected at least {FEWEST_NETWORKS} distinct networks to fit on, got {distinct}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); expected a saved latency predictor") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not a saved latency predictor; expected a JSON object with schema {SCHEMA!r}")
+    if document.get("version") != VERSION:
+        raise ValueError(
+            f"{path} is a latency predictor of version {document.get('version')!r}, this program reads {VERSION}; "
+            "fit it again"
+        )
+    return document
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write under a temporary name in the same folder and rename, so that no reader sees half of it."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

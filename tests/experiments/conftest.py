@@ -1,0 +1,30 @@
+"""The scripts in experiments/ are no package: they are loaded from their files."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """Name -> the script as a module, its folder on the path as when it is run."""
+
+    def load(name: str) -> ModuleType:
+        if str(FOLDER) not in sys.path:
+            sys.path.append(str(FOLDER))
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # its dataclasses look themselves up
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -1,0 +1,146 @@
+"""Features against numbers written out by hand, and the model against their dot product."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from hardware_profiles.cost_model import (
+    FAMILIES,
+    AdditiveModel,
+    UnsupportedLayer,
+    conversions,
+    family_of,
+    features,
+    predicted,
+)
+from search_spaces import FP32, INPUT, INT8, CompactTransformer, MobileNet, Network
+from search_spaces import layers as L
+from search_spaces.layers import Port, assemble, port
+
+
+def mixed_network() -> Network:
+    """Image -> float conv -> int8 depthwise -> float 1x1 -> add of conv and 1x1 -> pool -> int8 classifier."""
+    conv = L.conv2d("conv", Port(INPUT, (3, 8, 8)), 4, kernel=3)
+    depthwise = L.conv2d("depthwise", port(conv), 4, kernel=5, groups=4, precision=INT8)
+    pointwise = L.conv2d("pointwise", port(depthwise), 4)
+    total = L.add("add", port(conv), port(pointwise))
+    pool = L.global_average_pool("pool", port(total))
+    flat = L.reshape("flat", port(pool), (4,))
+    linear = L.linear("linear", port(flat), 10, precision=INT8)
+    return assemble((3, 8, 8), [(conv, depthwise, pointwise, total, pool, flat, linear)])
+
+
+def test_features_of_a_network_counted_by_hand() -> None:
+    assert features(mixed_network()) == {
+        "conv.fp32.count": 1,
+        "conv.fp32.macs": 64 * 4 * 3 * 9,
+        "conv.fp32.bytes": 4 * 64 * (3 + 4),
+        "conv.fp32.weight_bytes": 4 * (4 * 3 * 9 + 4),
+        "depthwise.int8.count": 1,
+        "depthwise.int8.macs": 64 * 4 * 25,
+        "depthwise.int8.bytes": 64 * (4 + 4),
+        "depthwise.int8.weight_bytes": 4 * 25 + 4 * 4 + 4 * 4,
+        "pointwise.fp32.count": 1,
+        "pointwise.fp32.macs": 64 * 4 * 4,
+        "pointwise.fp32.bytes": 4 * 64 * (4 + 4),
+        "pointwise.fp32.weight_bytes": 4 * (16 + 4),
+        "add.fp32.count": 1,
+        "add.fp32.bytes": 4 * 64 * 12,
+        "average_pool.fp32.count": 1,
+        "average_pool.fp32.bytes": 4 * (64 * 4 + 4),
+        "reshape.fp32.count": 1,
+        "reshape.fp32.bytes": 4 * 8,
+        "linear.int8.count": 1,
+        "linear.int8.macs": 40,
+        "linear.int8.bytes": 14,
+        "linear.int8.weight_bytes": 40 + 10 * 4 + 10 * 4,
+        "quantize.int8.count": 2,  # conv's output and the classifier's input
+        "quantize.int8.bytes": 5 * (64 * 4 + 4),
+        "dequantize.int8.count": 1,
+        "dequantize.int8.bytes": 5 * 64 * 4,
+    }
+
+
+def test_a_tensor_is_converted_once_for_all_its_readers() -> None:
+    first = L.conv2d("first", Port(INPUT, (2, 4, 4)), 2)
+    readers = [L.conv2d(f"reader{i}", port(first), 2, precision=INT8) for i in range(3)]
+    network = assemble((2, 4, 4), [(first, *readers)])
+    assert [(copy.reader, copy.source, copy.family) for copy in conversions(network)] == [(1, "first", "quantize")]
+
+
+def test_the_image_is_quantized_for_an_integer_stem() -> None:
+    stem = L.conv2d("stem", Port(INPUT, (3, 4, 4)), 2, precision=INT8)
+    assert features(assemble((3, 4, 4), [(stem,)]))["quantize.int8.bytes"] == 5 * 48
+
+
+def test_every_layer_of_the_spaces_has_a_known_family(rng: np.random.Generator) -> None:
+    for space in (MobileNet(squeeze_excite=(True,), nonlinearity="hardswish"), CompactTransformer()):
+        for _ in range(5):
+            layers = space.lower(space.sample(rng)).layers
+            assert {family_of(layer) for layer in layers if layer.kind != "parameter"} <= set(FAMILIES)
+
+
+def test_a_grouped_convolution_is_not_a_depthwise_one() -> None:
+    image = Port(INPUT, (4, 4, 4))
+    assert family_of(L.conv2d("grouped", image, 4, kernel=3, groups=2)) == "grouped"
+    assert family_of(L.conv2d("multiplied", image, 8, kernel=3, groups=4)) == "grouped"
+    assert family_of(L.conv2d("depthwise", image, 4, kernel=1, groups=4)) == "depthwise"
+    assert family_of(L.max_pool("pool", image, kernel=3, stride=2)) == "max_pool"
+
+
+def test_latency_is_the_sum_of_price_times_amount(rng: np.random.Generator) -> None:
+    network = mixed_network()
+    amounts = features(network)
+    prices = {name: float(price) for name, price in zip(amounts, rng.random(len(amounts)), strict=True)}
+    expected = 0.25 + sum(prices[name] * amounts[name] for name in amounts)
+    assert AdditiveModel(prices, 0.25).latency_ms(network) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_family_that_cost_nothing_is_known_and_one_never_seen_is_refused_by_name() -> None:
+    network = mixed_network()
+    prices = dict.fromkeys(features(network), 0.0)
+    assert AdditiveModel(prices).latency_ms(network) == 0.0
+    without = {name: price for name, price in prices.items() if not name.startswith("depthwise.int8")}
+    with pytest.raises(UnsupportedLayer, match=r"covers depthwise; this model knows add\.fp32") as caught:
+        AdditiveModel(without).latency_ms(network)
+    assert isinstance(caught.value, LookupError)
+    other = {name.replace("depthwise.int8", "depthwise.fp32"): price for name, price in prices.items()}
+    assert AdditiveModel(other).unsupported_layers(network) == ("depthwise",)
+
+
+def test_a_conversion_never_seen_is_refused_too() -> None:
+    network = mixed_network()
+    prices = {name: 1.0 for name in features(network) if not name.startswith("dequantize")}
+    with pytest.raises(UnsupportedLayer, match="dequantize depthwise"):
+        AdditiveModel(prices).latency_ms(network)
+
+
+def test_an_interval_is_a_share_of_the_mean_and_never_negative() -> None:
+    assert (predicted(10.0, 0.2).low_ms, predicted(10.0, 0.2).high_ms) == (8.0, 12.0)
+    assert predicted(10.0, 1.5).low_ms == 0.0
+    assert predicted(10.0, None).high_ms is None
+
+
+def test_features_are_fast_enough_for_a_search() -> None:
+    space = MobileNet(depths=(3,), expansions=(4,), precisions=("fp32",))
+    network = space.lower(space.largest)
+    assert len(network.layers) >= 40
+    best = np.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        features(network)
+        best = min(best, time.perf_counter() - start)
+    assert best / len(network.layers) < 0.5e-3 / 60 * 2  # twice the bound for 60 layers, for slow machines
+
+
+def test_precision_is_part_of_the_name() -> None:
+    image = Port(INPUT, (3, 4, 4))
+    names = {
+        precision.name: set(features(assemble((3, 4, 4), [(L.conv2d("conv", image, 2, precision=precision),)])))
+        for precision in (FP32, INT8)
+    }
+    assert "pointwise.fp32.macs" in names["fp32"] and "pointwise.int8.macs" in names["int8"]
+    assert "quantize.int8.count" not in names["fp32"]

@@ -1,0 +1,198 @@
+"""Device profiles: the shipped ones hold together, and a wrong file is refused in one line that says where."""
+
+from __future__ import annotations
+
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from hardware_profiles.cost_model import UnsupportedLayer, features
+from hardware_profiles.device import (
+    SHIPPED,
+    InvalidProfile,
+    UnavailableCost,
+    UnknownDevice,
+    device_names,
+    load_device,
+)
+from hardware_profiles.memory import peak_sram_bytes
+from search_spaces import CompactTransformer, MobileNet, Network
+
+INT8_NET = MobileNet(precisions=("int8",))
+FP32_NET = MobileNet(precisions=("fp32",))
+
+
+def sampled(space: Any, seed: int = 3) -> Network:
+    return space.lower(space.sample(np.random.default_rng(seed)))
+
+
+def write(folder: Path, change: dict[str, Any]) -> Path:
+    """The STM32H743's profile with the values at some dotted keys replaced, or removed where None."""
+    data = yaml.safe_load((SHIPPED / "stm32h743.yaml").read_text())
+    for dotted, value in change.items():
+        *parents, last = dotted.split("/")
+        section = data
+        for parent in parents:
+            section = section[parent]
+        if value is None:
+            del section[last]
+        else:
+            section[last] = value
+    path = folder / "device.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_the_shipped_devices_load_under_their_names() -> None:
+    assert device_names() == ("adreno540", "host-cpu", "stm32f746", "stm32h743")
+    for name in device_names():
+        profile = load_device(name)
+        assert profile.name == name
+        assert profile.latency_model.source
+        assert all(profile.sources.values())
+    kinds = {name: load_device(name).kind for name in device_names()}
+    assert kinds == {"adreno540": "gpu", "host-cpu": "cpu", "stm32f746": "mcu", "stm32h743": "mcu"}
+
+
+def test_limits_of_the_microcontrollers() -> None:
+    small, large = load_device("stm32f746"), load_device("stm32h743")
+    assert (small.sram_limit_bytes, small.flash_limit_bytes) == (320 * 1024, 1024**2)
+    assert (large.sram_limit_bytes, large.flash_limit_bytes) == (512 * 1024, 2 * 1024**2)
+    assert load_device("adreno540").sram_limit_bytes is None
+
+
+def test_a_microcontroller_has_integers_only() -> None:
+    mcu = load_device("stm32f746")
+    assert mcu.illegal_layers(sampled(INT8_NET)) == ()
+    network = sampled(FP32_NET)
+    assert mcu.illegal_layers(network) == tuple(layer.name for layer in network.layers)
+    swish = sampled(MobileNet(precisions=("int8",), nonlinearity="hardswish"))
+    illegal = mcu.illegal_layers(swish)
+    assert illegal == tuple(layer.name for layer in swish.layers if not layer.precision.is_quantized)
+    assert "stem.activation" in illegal and "stem" not in illegal
+
+
+def test_the_phone_gpu_has_floats_only_and_the_host_both() -> None:
+    mixed = sampled(MobileNet())
+    integers = tuple(layer.name for layer in mixed.layers if layer.precision.is_quantized)
+    assert load_device("adreno540").illegal_layers(mixed) == integers != ()
+    assert load_device("host-cpu").illegal_layers(mixed) == ()
+    assert load_device("host-cpu").illegal_layers(sampled(CompactTransformer())) == ()
+
+
+def test_latency_is_the_price_list_times_the_features() -> None:
+    network = sampled(INT8_NET)
+    prices = yaml.safe_load((SHIPPED / "stm32h743.yaml").read_text())["latency"]
+    mean = sum(prices["coefficients_ms"].get(name, 0.0) * amount for name, amount in features(network).items())
+    prediction = load_device("stm32h743").latency(network)
+    assert prediction.mean_ms == pytest.approx(mean, rel=1e-12) and mean > 0
+    assert prediction.low_ms == pytest.approx(mean * (1 - prices["relative_error"]))
+    assert prediction.high_ms == pytest.approx(mean * (1 + prices["relative_error"]))
+    assert prediction.origin == "predicted"
+
+
+def test_a_derived_model_is_the_other_clock_and_claims_no_interval() -> None:
+    network = sampled(INT8_NET)
+    slow, fast = load_device("stm32f746"), load_device("stm32h743")
+    assert slow.latency_model.origin == "derived" and slow.latency_model.held_out == {}
+    assert slow.latency(network).mean_ms == pytest.approx(fast.latency(network).mean_ms * 480 / 216, rel=1e-5)
+    assert slow.latency(network).low_ms is None and slow.latency(network).high_ms is None
+
+
+def test_what_no_measurement_covers_is_refused() -> None:
+    with pytest.raises(UnsupportedLayer, match=r"block0\.attention\.norm"):
+        load_device("adreno540").latency(sampled(CompactTransformer(precisions=("fp32",))))
+    assert load_device("adreno540").latency(sampled(FP32_NET)).mean_ms > 0
+    with pytest.raises(UnsupportedLayer, match="stem"):
+        load_device("stm32h743").latency(sampled(FP32_NET))
+
+
+def test_unavailable_costs_say_so() -> None:
+    host = load_device("host-cpu")
+    assert host.is_measured_live and not load_device("adreno540").is_measured_live
+    with pytest.raises(UnavailableCost, match="host-cpu has no latency model"):
+        host.latency(sampled(FP32_NET))
+    with pytest.raises(UnavailableCost, match="host-cpu has no memory planner"):
+        host.sram_bytes(sampled(FP32_NET))
+
+
+def test_memory_is_the_plan_and_the_overhead() -> None:
+    network, mcu = sampled(INT8_NET), load_device("stm32h743")
+    memory = yaml.safe_load((SHIPPED / "stm32h743.yaml").read_text())["memory"]
+    planned = peak_sram_bytes(network, "inplace_depthwise")
+    assert mcu.sram_bytes(network) == ceil(planned * (1 + memory["sram_overhead"]["value"])) > planned
+    assert mcu.flash_bytes(network) == network.model_bytes + memory["flash_overhead_bytes"]["value"]
+    assert load_device("host-cpu").flash_bytes(network) == network.model_bytes
+
+
+def test_an_unknown_name_gets_the_nearest_one_and_is_never_a_path() -> None:
+    with pytest.raises(UnknownDevice, match=r"unknown device 'stm32h747'; did you mean 'stm32h743'\?") as caught:
+        load_device("stm32h747")
+    assert isinstance(caught.value, LookupError)
+    with pytest.raises(UnknownDevice, match="known: adreno540, host-cpu"):
+        load_device("zzz")
+
+
+def test_a_bare_name_means_a_shipped_profile_even_where_a_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, {}).rename(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnknownDevice):
+        load_device("mine")
+    assert load_device("./mine").name == "stm32h743"
+
+
+def test_a_file_is_read_by_path(tmp_path: Path) -> None:
+    path = write(tmp_path, {"name": "my-board", "limits/sram_bytes/value": 1000})
+    assert load_device(path) == load_device(str(path))
+    assert (load_device(path).name, load_device(path).sram_limit_bytes) == ("my-board", 1000)
+    with pytest.raises(UnknownDevice, match="cannot read the device file"):
+        load_device(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema: expected 1"),
+        ({"kind": "tpu"}, "kind: expected one of cpu, mcu, gpu, npu, got 'tpu'"),
+        ({"threads": True}, "threads: expected an integer of 1 or more, got True"),
+        ({"name": "../evil"}, "name: expected lower-case letters"),
+        ({"titel": "x"}, r"unknown key 'titel'; did you mean 'title'\?"),
+        ({"title": None, "titel": "x"}, r"missing key 'title'; did you mean it by 'titel'\?"),
+        ({"limits/sram_bytes/value": "512KB"}, r"limits\.sram_bytes\.value: expected an integer of 1 or more"),
+        ({"limits/sram_bytes": 524288}, r"limits\.sram_bytes: expected a mapping with names as keys, got 524288"),
+        ({"limits/flash_bytes/source": None}, r"missing key 'limits\.flash_bytes\.source'"),
+        ({"precisions/value/conv2d": ["int4"]}, r"precisions\.value\.conv2d: expected a list of fp32, int8"),
+        (
+            {"precisions/value/conv": ["int8"]},
+            r"unknown kind of layer 'precisions\.value\.conv'; did you mean 'conv2d'",
+        ),
+        ({"memory/planner": "greedy"}, r"memory\.planner: expected one of liveness, inplace_depthwise, got 'greedy'"),
+        ({"memory/sram_overhead/value": float("nan")}, r"memory\.sram_overhead\.value: expected a number of 0"),
+        ({"latency/coefficients_ms/conv.int8.macs": -1.0}, r"conv\.int8\.macs: expected a number of 0 or more, got -1"),
+        ({"latency/coefficients_ms/convv.int8.macs": 1.0}, r"FAMILY\.PRECISION\.QUANTITY; did you mean 'conv'\?"),
+        ({"latency/held_out": None}, r"missing key 'latency\.held_out'"),
+        ({"latency/constant": 1.0}, r"unknown key 'latency\.constant'; did you mean 'constant_ms'\?"),
+        ({"latency": "fast"}, r"latency: expected a mapping with names as keys, got 'fast'"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, change)
+    with pytest.raises(InvalidProfile, match=message) as caught:
+        load_device(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n- 2\n", "", "!!python/object/apply:os.getcwd []", "1: 2\n"])
+def test_what_is_no_profile_at_all_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "device.yaml"
+    path.write_text(content)
+    with pytest.raises(InvalidProfile) as caught:
+        load_device(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,140 @@
+"""The latency predictor on networks whose latency is known by construction."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hardware_profiles.cost_model import UnsupportedLayer
+from predictors import LatencyPredictor, NotFitted
+from search_spaces import CompactTransformer, MobileNet, Network
+
+SPACE = MobileNet(resolutions=(8,), channels=1)
+
+
+def price(network: Network) -> float:
+    """A device of our own making: starting a layer, a float MAC, an integer MAC, each with its price in ms."""
+    total = 0.004
+    for layer in network.layers:
+        per_mac = 1e-8 if layer.precision.is_quantized else 3e-8
+        total += layer.macs * per_mac + (0.002 if layer.kind == "conv2d" else 0.0)
+    return total
+
+
+def measured(count: int, seed: int, noise: float = 0.0) -> tuple[list[Network], np.ndarray]:
+    rng = np.random.default_rng(seed)
+    networks = [SPACE.lower(SPACE.sample(rng)) for _ in range(count)]
+    return networks, np.array([price(network) for network in networks]) * np.exp(rng.normal(0, noise, count))
+
+
+@pytest.fixture(scope="module")
+def fitted() -> LatencyPredictor:
+    return LatencyPredictor().fit(*measured(72, seed=0, noise=0.02), provenance={"device": "made up", "threads": 1})
+
+
+def test_it_finds_a_device_that_is_a_sum_over_layers() -> None:
+    predictor = LatencyPredictor().fit(*measured(72, seed=0))
+    networks, latency = measured(20, seed=1)
+    means = [prediction.mean_ms for prediction in predictor.predict(networks)]
+    assert means == pytest.approx(latency, rel=0.01)
+
+
+def test_the_report_is_close_to_the_error_on_fresh_networks(fitted: LatencyPredictor) -> None:
+    networks, latency = measured(60, seed=2, noise=0.02)
+    error = np.abs([prediction.mean_ms for prediction in fitted.predict(networks)] / latency - 1)
+    report = fitted.report()
+    assert report["networks"] == 72 and report["folds"] == 10
+    assert report["mape"] == pytest.approx(error.mean(), rel=0.5)
+    assert report["mape"] < 0.05 < report["macs_only"]["mape"]
+    assert report["spearman"] > report["macs_only"]["spearman"]
+    assert report["within_10_percent"] > 0.9
+
+
+def test_the_interval_covers_nine_of_ten_fresh_networks(fitted: LatencyPredictor) -> None:
+    networks, latency = measured(100, seed=3, noise=0.02)
+    inside = [p.low_ms <= y <= p.high_ms for p, y in zip(fitted.predict(networks), latency, strict=True)]
+    assert 0.8 <= np.mean(inside) <= 0.99
+    half = fitted.report()["relative_error_90"]
+    assert fitted.predict(networks[:1])[0].high_ms == pytest.approx(
+        fitted.predict(networks[:1])[0].mean_ms * (1 + half)
+    )
+
+
+def test_the_same_measurements_and_seed_give_the_same_predictor(fitted: LatencyPredictor) -> None:
+    again = LatencyPredictor().fit(*measured(72, seed=0, noise=0.02))
+    assert again.report() == fitted.report() and again.model == fitted.model
+    assert LatencyPredictor(seed=1).fit(*measured(72, seed=0, noise=0.02)).report() != fitted.report()
+
+
+def test_it_reads_back_what_it_saved(fitted: LatencyPredictor, tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    fitted.save(path)
+    loaded = LatencyPredictor.load(path)
+    networks, _ = measured(5, seed=4)
+    assert loaded.predict(networks) == fitted.predict(networks)
+    assert loaded.report() == fitted.report()
+    assert loaded.provenance == {"device": "made up", "threads": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["cpu.json"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+def test_nothing_is_written_where_saving_fails(fitted: LatencyPredictor, tmp_path: Path) -> None:
+    (tmp_path / "cpu.json").mkdir()  # cannot be replaced by a file
+    with pytest.raises(OSError):
+        fitted.save(tmp_path / "cpu.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["cpu.json"]
+
+
+def test_an_old_foreign_or_damaged_file_is_refused(fitted: LatencyPredictor, tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    fitted.save(path)
+    document = json.loads(path.read_text())
+    for change, message in [
+        ({"version": 0}, "version 0, this program reads 1; fit it again"),
+        ({"schema": "other"}, "is not a saved latency predictor"),
+        ({"coefficients_ms": [1, 2]}, "damaged"),
+        ({"folds": "many"}, "damaged"),
+    ]:
+        path.write_text(json.dumps(document | change))
+        with pytest.raises(ValueError, match=message):
+            LatencyPredictor.load(path)
+    for content, message in [("[1]", "is not a saved latency predictor"), ("{", "is not JSON"), ("", "is not JSON")]:
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            LatencyPredictor.load(path)
+
+
+def test_unfitted_it_says_so() -> None:
+    predictor = LatencyPredictor()
+    for ask in (lambda: predictor.predict([]), predictor.report, lambda: predictor.model, lambda: predictor.provenance):
+        with pytest.raises(NotFitted, match=r"call fit\(networks, latency_ms\)"):
+            ask()
+    assert issubclass(NotFitted, RuntimeError)
+
+
+def test_layers_it_never_saw_are_refused(fitted: LatencyPredictor) -> None:
+    space = CompactTransformer(resolutions=(8,), channels=1)
+    with pytest.raises(UnsupportedLayer, match=r"tokenizer0\.pool"):
+        fitted.predict([space.lower(space.smallest)])
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    networks, latency = measured(12, seed=5)
+    with pytest.raises(ValueError, match="one latency for each of 12 networks, got shape"):
+        LatencyPredictor().fit(networks, latency[:-1])
+    with pytest.raises(ValueError, match="expected positive latencies"):
+        LatencyPredictor().fit(networks, [*latency[:-1], 0.0])
+    with pytest.raises(ValueError, match="expected positive latencies"):
+        LatencyPredictor().fit(networks, [*latency[:-1], float("nan")])
+    with pytest.raises(ValueError, match="at least 10 distinct networks to fit on, got 1"):
+        LatencyPredictor().fit(networks[:1] * 12, latency)
+    with pytest.raises(ValueError, match="at least 10 distinct networks to fit on, got 0"):
+        LatencyPredictor().fit([], [])
+    with pytest.raises(ValueError, match="at least two folds, got 1"):
+        LatencyPredictor(folds=1)

@@ -1,0 +1,348 @@
+"""What every space gets for free, checked against enumeration, networks and hand-written codes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from search_spaces import (
+    Architecture,
+    Choice,
+    CompactTransformer,
+    InvalidArchitecture,
+    MobileNet,
+    Network,
+    SearchSpace,
+    Slot,
+    build_space,
+)
+from search_spaces import layers as L
+from search_spaces.layers import INPUT, Port
+from search_spaces.space import Values
+
+MOBILENET = MobileNet(
+    resolutions=(8, 12), widths=(8, 16), width_multipliers=(1, 2), depths=(1, 2), kernels=(3, 5), expansions=(1, 2),
+    squeeze_excite=(False, True),
+)  # fmt: skip
+TRANSFORMER = CompactTransformer(resolutions=(8, 12), embeddings=(16, 24), depths=(1, 2, 3), heads=(1, 2), head_size=8)
+SPACES = pytest.mark.parametrize("space", [MOBILENET, TRANSFORMER], ids=lambda space: space.family)
+
+
+def toy(*choices: Choice) -> SearchSpace:
+    """A space whose only layer is a parameter of one number; for what concerns choices alone."""
+    return SearchSpace("toy", {}, choices, [Slot("p", (), lambda values: (L.parameter("p", (1,)),))], lambda _: (1,), 2)
+
+
+def choice(name: str, options: int, *active_if: tuple[str, tuple[int, ...]]) -> Choice:
+    return Choice(name, tuple(range(options)), "operator", active_if)
+
+
+# enumeration: every code vector, kept where each choice whose conditions fail is at its first option
+
+
+def every_code(space: SearchSpace) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*(range(len(c.options)) for c in space.choices))
+
+
+def enumerated(space: SearchSpace) -> set[tuple[int, ...]]:
+    kept = set()
+    for codes in every_code(space):
+        active: dict[str, bool] = {}
+        picked = {c.name: c.options[code] for c, code in zip(space.choices, codes, strict=True)}
+        for c in space.choices:
+            active[c.name] = all(active[parent] and picked[parent] in options for parent, options in c.active_if)
+        if all(code == 0 or active[c.name] for c, code in zip(space.choices, codes, strict=True)):
+            kept.add(codes)
+    return kept
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        MobileNet(resolutions=(8, 16), widths=(8,), width_multipliers=(1, 2), depths=(1, 2), kernels=(3, 5),
+                  expansions=(1, 2), squeeze_excite=(False, True), precisions=("fp32",)),
+        MobileNet(resolutions=(8,), widths=(8,), width_multipliers=(1,), depths=(1, 2), kernels=(3,),
+                  expansions=(1, 2)),
+        MobileNet(resolutions=(8,), widths=(8,), width_multipliers=(1,), depths=(1,), kernels=(3,), expansions=(1, 2),
+                  squeeze_excite=(False, True)),
+        CompactTransformer(embeddings=(8, 16), depths=(1, 3), heads=(1, 2), mlp_ratios=(1, 2), precisions=("fp32",)),
+        CompactTransformer(embeddings=(8,), depths=(1,), heads=(1,), mlp_ratios=(1, 2)),
+        CompactTransformer(embeddings=(8,), depths=(2, 3), heads=(1, 2), mlp_ratios=(1,), precisions=("int8",)),
+    ],
+    ids=lambda space: space.name,
+)  # fmt: skip
+def test_size_and_canonical_forms_are_those_of_enumeration(space: SearchSpace) -> None:
+    expected = enumerated(space)
+    assert space.size == len(expected)
+    assert {space.from_codes(codes).codes for codes in every_code(space)} == expected
+
+
+def test_size_and_canonical_forms_of_random_dependencies(rng: np.random.Generator) -> None:
+    for _ in range(150):
+        choices: list[Choice] = []
+        for i in range(int(rng.integers(1, 8))):
+            parents = [c for c in choices if rng.random() < 0.35]
+            conditions = [(c.name, tuple(o for o in c.options if rng.random() < 0.6)) for c in parents]
+            choices.append(choice(f"c{i}", int(rng.integers(1, 4)), *conditions))  # type: ignore[arg-type]
+        space = toy(*choices)
+        assert space.size == len(enumerated(space)), choices
+        assert {space.from_codes(codes).codes for codes in every_code(space)} == enumerated(space)
+
+
+def test_size_of_the_default_mobilenet_by_hand() -> None:
+    blocks = 2 * 2 * 2**3  # kernels, expansions, three precisions
+    stage = blocks + blocks**2 + blocks**3  # one, two or three blocks
+    widths = 2 * (2 * 2 * 3 * 3) * 3  # stem; 16, 24, 40 and 80 channels times 0.5, 0.75 and 1, rounded to 8s; head
+    assert MobileNet().size == widths * stage**4 * 2**3  # precisions of stem, head and classifier
+
+
+# canonical form
+
+
+def fingerprint(network: Network) -> tuple[object, ...]:
+    return (network.input_shape, network.layers)
+
+
+@SPACES
+def test_equal_exactly_when_the_layers_are(space: SearchSpace, rng: np.random.Generator) -> None:
+    by_codes: dict[tuple[int, ...], int] = {}
+    by_layers: dict[tuple[object, ...], tuple[int, ...]] = {}
+    architecture = space.sample(rng)
+    for _ in range(2_000):
+        architecture = space.mutate(architecture, rng)
+        layers = fingerprint(space.lower(architecture))
+        assert by_layers.setdefault(layers, architecture.codes) == architecture.codes
+        assert by_codes.setdefault(architecture.codes, hash(layers)) == hash(layers)
+    assert len(by_codes) == len(by_layers) > 1_000
+
+
+@SPACES
+def test_a_choice_is_active_exactly_when_it_changes_the_network(space: SearchSpace, rng: np.random.Generator) -> None:
+    for _ in range(15):
+        architecture = space.sample(rng)
+        layers = fingerprint(space.lower(architecture))
+        for i, c in enumerate(space.choices):
+            codes = list(architecture.codes)
+            codes[i] = (codes[i] + 1) % len(c.options)
+            other = space.from_codes(codes)
+            assert space.is_active(c.name, architecture) == (fingerprint(space.lower(other)) != layers)
+            if not space.is_active(c.name, architecture):
+                assert architecture.codes[i] == 0 and other == architecture and architecture[c.name] == c.options[0]
+
+
+def test_children_of_inactive_choices_are_inactive() -> None:
+    space = toy(choice("a", 2), choice("b", 2, ("a", (1,))), choice("c", 3, ("b", (0,))))
+    assert space.from_codes([0, 1, 2]).codes == space.from_codes([0, 0, 2]).codes == (0, 0, 0)
+    assert space.from_codes([1, 0, 2]).codes == (1, 0, 2)
+    assert space.from_codes([1, 1, 2]).codes == (1, 1, 0)
+
+
+# text and codes
+
+
+@SPACES
+def test_text_and_codes_read_back(space: SearchSpace, rng: np.random.Generator) -> None:
+    architectures = [space.smallest, space.largest, *(space.sample(rng) for _ in range(200))]
+    for architecture in architectures:
+        assert space.parse(str(architecture)) == architecture
+        assert space.build(architecture.values) == architecture
+        assert len(architecture.id) == 10 and int(architecture.id, 16) >= 0
+    codes = space.encode(architectures)
+    assert codes.dtype == np.int64 and codes.shape == (202, len(space.choices))
+    assert [space.from_codes(row) for row in codes] == architectures
+    assert len({a.id for a in architectures}) == len(set(architectures))
+
+
+def test_text_by_hand() -> None:
+    space = TRANSFORMER
+    assert str(space.smallest) == "" and space.parse("") == space.smallest
+    architecture = space.parse(" depth=2 , block1.heads=2,block1.mlp.expand.precision=int8, ")
+    assert str(architecture) == "depth=2,block1.heads=2,block1.mlp.expand.precision=int8"
+    assert (architecture["depth"], architecture["block1.heads"], architecture["block0.heads"]) == (2, 2, 1)
+    assert space.parse("block2.heads=2") == space.smallest  # inactive at depth 1
+    assert str(MOBILENET.parse("stage1.block0.squeeze_excite=True")) == "stage1.block0.squeeze_excite=True"
+
+
+def test_one_hot_by_hand() -> None:
+    space = toy(choice("a", 2), choice("b", 3, ("a", (1,))))
+    architectures = [space.from_codes([0, 0]), space.from_codes([1, 2])]
+    assert space.one_hot(architectures).tolist() == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 1]]
+    assert space.one_hot([]).shape == (0, 5)
+    assert space.encode([]).shape == (0, 2)
+
+
+# drawing and moving
+
+
+@SPACES
+def test_drawn_and_moved_architectures_are_canonical(space: SearchSpace, rng: np.random.Generator) -> None:
+    a, b = space.sample(rng), space.sample(rng)
+    for _ in range(300):
+        mutant = space.mutate(a, rng)
+        child = space.crossover(a, b, rng)
+        assert mutant != a
+        for architecture in (mutant, child):
+            assert space.from_codes(architecture.codes) == architecture
+        for i, code in enumerate(child.codes):
+            assert code in (a.codes[i], b.codes[i], 0)
+        a, b = mutant, child if child != mutant else space.sample(rng)
+
+
+@SPACES
+def test_neighbours_are_all_single_changes(space: SearchSpace, rng: np.random.Generator) -> None:
+    architecture = space.sample(rng)
+    found = list(space.neighbours(architecture))
+    expected = sum(len(c.options) - 1 for c in space.choices if space.is_active(c.name, architecture))
+    assert len(found) == len(set(found)) == expected
+    assert architecture not in found
+    for neighbour in found:
+        changed = [i for i, (p, q) in enumerate(zip(architecture.codes, neighbour.codes, strict=True)) if p != q]
+        assert space.is_active(space.choices[changed[0]].name, architecture)
+        assert all(neighbour.codes[i] == 0 for i in changed[1:])  # those the change put out of action
+
+
+def test_sampling_is_uniform_over_each_option(rng: np.random.Generator) -> None:
+    space = toy(choice("a", 4), choice("b", 3, ("a", (3,))))
+    codes = space.encode([space.sample(rng) for _ in range(4_000)])
+    counts = np.bincount(codes[:, 0], minlength=4)
+    assert np.all(abs(counts - 1_000) < 5 * np.sqrt(4_000 * 0.25 * 0.75))
+    inner = np.bincount(codes[codes[:, 0] == 3, 1], minlength=3)
+    assert np.all(abs(inner - inner.sum() / 3) < 5 * np.sqrt(inner.sum() * 2 / 9))
+
+
+@SPACES
+def test_same_seed_same_architectures(space: SearchSpace) -> None:
+    def drawn(seed: int) -> list[Architecture]:
+        rng = np.random.default_rng(seed)
+        first, second = space.sample(rng), space.sample(rng)
+        return [first, second, space.mutate(first, rng), space.crossover(first, second, rng)]
+
+    assert drawn(5) == drawn(5) != drawn(6)
+
+
+def test_a_space_of_one_architecture() -> None:
+    space = toy(choice("a", 1))
+    rng = np.random.default_rng(0)
+    assert space.size == 1
+    assert space.smallest == space.largest == space.sample(rng) == space.mutate(space.smallest, rng)
+    assert list(space.neighbours(space.smallest)) == []
+
+
+@SPACES
+def test_with_precision_sets_every_active_gene(space: SearchSpace, rng: np.random.Generator) -> None:
+    architecture = space.sample(rng)
+    changed = space.with_precision(architecture, "int8")
+    for c in space.choices:
+        expected = "int8" if c.role == "precision" and space.is_active(c.name, architecture) else architecture[c.name]
+        assert changed[c.name] == expected
+    assert space.with_precision(changed, "fp32") == space.with_precision(architecture, "fp32")
+
+
+# identity
+
+
+@SPACES
+def test_a_space_is_made_again_from_its_settings(space: SearchSpace, rng: np.random.Generator) -> None:
+    again = build_space(space.family, json.loads(json.dumps(space.settings)))
+    assert (again.name, again.choices, again.settings) == (space.name, space.choices, space.settings)
+    architecture = space.sample(rng)
+    assert again.lower(architecture) == space.lower(architecture)
+
+
+@SPACES
+def test_spaces_and_architectures_go_to_worker_processes(space: SearchSpace, rng: np.random.Generator) -> None:
+    architecture = space.sample(rng)
+    there, back = pickle.loads(pickle.dumps((space, architecture)))
+    assert back == architecture and there.lower(back) == space.lower(architecture)
+
+
+def test_settings_that_mean_the_same_make_the_same_space() -> None:
+    plain = MobileNet(resolutions=(24, 32), expansions=(2, 4))
+    assert MobileNet(resolutions=np.array([32, 24]), expansions=(4.0, 2.0)).name == plain.name  # type: ignore[arg-type]
+    assert MobileNet(resolutions=(24, 40)).name != plain.name
+
+
+def test_representation_names_the_space_and_counts() -> None:
+    assert repr(toy(choice("a", 3))).endswith(": 1 choices, 3 architectures>")
+
+
+# refusals
+
+
+def test_text_that_names_no_architecture() -> None:
+    for text, message in (
+        ("block0.head=2", "no choice 'block0.head'; did you mean 'block0.heads'?"),
+        ("zzzzzz=2", "no choice 'zzzzzz'$"),
+        ("depth=9", "depth = 9 is not an option; options: 1, 2, 3"),
+        ("depth", "expected choice=value, got 'depth'"),
+        ("depth=1,depth=2", "depth is given twice"),
+        ("depth=", "depth =  is not an option"),
+    ):
+        with pytest.raises(InvalidArchitecture, match=message.replace("?", r"\?")):
+            TRANSFORMER.parse(text)
+
+
+def test_codes_that_name_no_architecture() -> None:
+    space = toy(choice("a", 2), choice("b", 3))
+    with pytest.raises(InvalidArchitecture, match="expected 2 codes, got 1"):
+        space.from_codes([0])
+    for bad in (-1, 3):
+        with pytest.raises(InvalidArchitecture, match=f"b: code {bad} is not in 0..2"):
+            space.from_codes([0, bad])
+    with pytest.raises(TypeError):
+        space.from_codes([0, 1.5])  # type: ignore[list-item]
+
+
+def test_values_that_name_no_architecture() -> None:
+    with pytest.raises(InvalidArchitecture, match=r"depth = 7 is not an option; options: \[1, 2, 3\]"):
+        TRANSFORMER.build({"depth": 7})
+    with pytest.raises(InvalidArchitecture, match="depth = True"):
+        TRANSFORMER.build({"depth": True})
+    with pytest.raises(InvalidArchitecture, match="did you mean 'depth'"):
+        TRANSFORMER.build({"depths": 1})
+
+
+def test_architectures_of_another_space() -> None:
+    foreign = MobileNet().smallest
+    rng = np.random.default_rng(0)
+    for use in (
+        lambda: TRANSFORMER.lower(foreign),
+        lambda: TRANSFORMER.encode([foreign]),
+        lambda: TRANSFORMER.one_hot([foreign]),
+        lambda: TRANSFORMER.mutate(foreign, rng),
+        lambda: TRANSFORMER.crossover(TRANSFORMER.smallest, foreign, rng),
+        lambda: list(TRANSFORMER.neighbours(foreign)),
+        lambda: TRANSFORMER.is_active("depth", foreign),
+        lambda: TRANSFORMER.with_precision(foreign, "int8"),
+    ):
+        with pytest.raises(InvalidArchitecture, match="an architecture of the space mobilenet-"):
+            use()
+
+
+def test_choices_and_slots_that_make_no_space() -> None:
+    with pytest.raises(ValueError, match="choice 'a' has no options"):
+        choice("a", 0)
+    with pytest.raises(ValueError, match="choice 'a' repeats an option"):
+        Choice("a", (1, 1), "depth")
+    with pytest.raises(ValueError, match="two choices share a name"):
+        toy(choice("a", 2), choice("a", 2))
+    with pytest.raises(ValueError, match=r"choice 'a' depends on \['b'\], which must come before it"):
+        toy(choice("a", 2, ("b", (1,))), choice("b", 2))
+    with pytest.raises(ValueError, match="a = 5 is not an option"):
+        toy(choice("a", 2), choice("b", 2, ("a", (5,))))
+    with pytest.raises(ValueError, match=r"slot 's' reads \['width'\], which are not choices"):
+        SearchSpace("toy", {}, [choice("a", 2)], [Slot("s", ("width",), lambda values: ())], lambda _: (1,), 2)
+
+
+def test_a_slot_sees_only_what_it_declares() -> None:
+    def greedy(values: Values) -> tuple[L.Layer, ...]:
+        return (L.linear("l", Port(INPUT, (4,)), int(values["b"])),)
+
+    space = SearchSpace("toy", {}, [choice("a", 2), choice("b", 2)], [Slot("s", ("a",), greedy)], lambda _: (4,), 2)
+    with pytest.raises(KeyError, match="b"):
+        space.lower(space.smallest)
