@@ -10,12 +10,12 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nas.front import Evaluation, ParetoFront
-    from nas.pipeline import Run
+    from nas.front import ParetoFront
 
 DONE, FAILED, BAD_INPUT, INFEASIBLE = 0, 1, 2, 3
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, call one function, print."""
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("optuna", "matplotlib", "alembic"):
+    for noisy in ("matplotlib", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         parsed.verb(parsed)
@@ -69,23 +69,35 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _run(parsed: argparse.Namespace) -> None:
+    from hardware_profiles.host_cpu import NoisyMachine
     from nas.config import load_experiment
     from nas.pipeline import Run
 
+    _quiet_optuna()
     experiment = load_experiment(parsed.experiment, parsed.set)
     run = Run.create(parsed.out or Path("runs") / experiment.name, experiment)
     run.train()
-    print(_summary_of_devices(run))
+    print("\n".join(_summary_of_device(device) for device in run.devices.values()))
     front = run.search()
     picture = run.folder / "front.png"
     front.plot(picture)
-    checks = run.check_predictors()
     exported, manifest = run.export(run.chosen(front))
+    checks: dict[str, Any] = {}
+    try:
+        checks = run.check_predictors()
+    except NoisyMachine as error:  # all else is done; the same command tries again
+        logging.getLogger(__name__).warning("the predictors were not checked: %s", error)
     print(table(front))
     for name, check in checks.items():
         print(_summary_of_check(name, check))
     print(_summary_of_export(manifest))
     print(f"picture: {picture}\nmodel:   {exported / 'model.onnx'}\ncard:    {exported / 'card.md'}")
+
+
+def _quiet_optuna() -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def _train(parsed: argparse.Namespace) -> None:
@@ -107,45 +119,45 @@ def _profile(parsed: argparse.Namespace) -> None:
 
     run = Run.open(parsed.run)
     listed = {device.name: device for device in run.experiment.devices}
-    settings = DeviceSettings(parsed.device, parsed.samples or getattr(listed.get(parsed.device), "samples", 72))
-    print(_summary_of_device(run.device(settings)))
+    settings = listed.get(parsed.device, DeviceSettings(parsed.device))
+    if parsed.samples:
+        settings = DeviceSettings(parsed.device, parsed.samples)
+    _, device = run.profile(settings)
+    print(_summary_of_device(device))
 
 
 def _search(parsed: argparse.Namespace) -> None:
     from nas.pipeline import Run, with_search
 
+    _quiet_optuna()
     run = with_search(Run.open(parsed.run), parsed.limit, parsed.confidence, parsed.trials)
     run.check()
     print(table(run.search(parsed.storage)))
 
 
 def _pareto(parsed: argparse.Namespace) -> None:
-    from nas.costs import Infeasible
+    from nas.costs import Infeasible, parse_limit
     from nas.front import nearest_message
-    from nas.pipeline import Run, parse_limits
+    from nas.pipeline import Run
 
     front = Run.open(parsed.run).front
-    limits = parse_limits(parsed.limit)
+    limits = [parse_limit(text) for text in parsed.limit]
     kept = front.filter(limits)
     if not kept.points:
         raise Infeasible(nearest_message(front.points, limits))
+    shown = kept
+    if parsed.best or parsed.knee:
+        shown = replace(kept, points=(kept.best(parsed.best) if parsed.best else kept.knee(),))
     if parsed.plot:
         kept.plot(parsed.plot)
         print(f"picture: {parsed.plot}", file=sys.stderr)
-    if parsed.best or parsed.knee:
-        kept = _only(kept, kept.best(parsed.best) if parsed.best else kept.knee())
-    print(FORMATS[parsed.format](kept))
-
-
-def _only(front: ParetoFront, point: Evaluation) -> ParetoFront:
-    from dataclasses import replace
-
-    return replace(front, points=(point,))
+    print(FORMATS[parsed.format](shown))
 
 
 def _export(parsed: argparse.Namespace) -> None:
+    from nas.costs import parse_limit
     from nas.front import Evaluation
-    from nas.pipeline import Run, parse_limits
+    from nas.pipeline import Run
 
     run = Run.open(parsed.run)
     if parsed.architecture is not None:
@@ -155,7 +167,7 @@ def _export(parsed: argparse.Namespace) -> None:
     elif parsed.id:
         point = run.front.find(parsed.id)
     else:
-        point = run.front.best(parsed.best, parse_limits(parsed.limit))
+        point = run.front.best(parsed.best, [parse_limit(text) for text in parsed.limit])
     folder, manifest = run.export(point, parsed.out)
     print(_summary_of_export(manifest))
     print(f"model:   {folder / 'model.onnx'}\ncard:    {folder / 'card.md'}")
@@ -205,6 +217,7 @@ def _doctor(parsed: argparse.Namespace) -> None:
 
 def table(front: ParetoFront) -> str:
     """The front as text, objectives first, in units a person reads."""
+    from nas.costs import FIGURES
     from nas.plot import LABELS, SCALES
 
     keys = [o.key for o in front.objectives]
@@ -212,8 +225,6 @@ def table(front: ParetoFront) -> str:
     columns: dict[str, list[str]] = {"id": [point.id for point in front.points]}
     for key in keys:
         name, _, device = key.partition("@")
-        from nas.costs import FIGURES
-
         scale = SCALES[FIGURES[name][0]]
         title = LABELS[name] + (f" {device}" if device else "")
         columns[title] = [_number(point[key] * scale) for point in front.points]
@@ -255,10 +266,6 @@ def _csv(front: ParetoFront) -> str:
 FORMATS: Mapping[str, Callable[[Any], str]] = {"table": table, "json": _json, "csv": _csv}
 
 
-def _summary_of_devices(run: Run) -> str:
-    return "\n".join(_summary_of_device(device) for device in run.devices.values())
-
-
 def _summary_of_device(device: Any) -> str:
     profile = device.profile
     limits = [
@@ -268,14 +275,16 @@ def _summary_of_device(device: Any) -> str:
     ]
     precisions = dict.fromkeys(p for kind in ("conv2d", "linear") for p in profile.precisions.get(kind, ()))
     held_out = device.predictor.report() if device.predictor else profile.latency_model.held_out
-    origin = f"predictor fitted on {held_out['networks']} measured subnets" if device.predictor else f"latency {profile.latency_model.origin}"
+    origin = f"latency {profile.latency_model.origin}"
+    if device.predictor:
+        origin = f"predictor fitted on {held_out['networks']} measured subnets"
     error = f"held-out median error {held_out['median_error']:.1%}" if "median_error" in held_out else "error not known"
     if device.predictor:
         error += f" (MACs only: {held_out['macs_only']['median_error']:.1%})"
     if profile.is_measured_live and not device.predictor:
         error = "fitted by 'nas profile'"
-    parts = [f"{profile.name}: {profile.title}", profile.kind, profile.runtime, *limits, "/".join(precisions), origin, error]
-    return "; ".join(parts)
+    about = [f"{profile.name}: {profile.title}", profile.kind, profile.runtime, *limits, "/".join(precisions)]
+    return "; ".join([*about, origin, error])
 
 
 def _summary_of_check(name: str, check: Mapping[str, Any]) -> str:
@@ -289,8 +298,8 @@ def _summary_of_check(name: str, check: Mapping[str, Any]) -> str:
 def _summary_of_export(manifest: Mapping[str, Any]) -> str:
     accuracy, parity = manifest["accuracy"], manifest["parity"]
     return (
-        f"exported {manifest['id']}: test accuracy {accuracy['test']:.2%}, {manifest['int8_macs_share']:.0%} of the MACs "
-        f"in int8, agrees with torch on {parity['top1_agreement']:.2%} of {parity['images']} test images"
+        f"exported {manifest['id']}: test accuracy {accuracy['test']:.2%}, {manifest['int8_macs_share']:.0%} of the "
+        f"MACs in int8, agrees with torch on {parity['top1_agreement']:.2%} of {parity['images']} test images"
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,11 +15,13 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from nas.costs import parse_limit, parse_objective
+from nas.costs import Limit, Objective, check_confidence, check_objectives, parse_limit, parse_objective
+from nas.profile import FEWEST_SAMPLES
 from nas.search import SearchSettings
 from nas.train import TrainSettings
 
 RECIPES = Path(__file__).parent.parent / "experiments"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class BadExperiment(ValueError):
@@ -44,6 +48,10 @@ class DeviceSettings:
     name: str
     samples: int = 72
 
+    def __post_init__(self) -> None:
+        if self.samples < FEWEST_SAMPLES:
+            raise BadExperiment(f"{self.name}: samples = {self.samples}; expected {FEWEST_SAMPLES} or more")
+
 
 @dataclass(frozen=True)
 class SearchPlan(SearchSettings):
@@ -55,10 +63,17 @@ class SearchPlan(SearchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for text in self.objectives:
-            parse_objective(text)
-        for text in self.limits:
-            parse_limit(text, self.confidence)
+        check_confidence(self.confidence)
+        check_objectives(self.parsed_objectives)
+        _ = self.parsed_limits
+
+    @property
+    def parsed_objectives(self) -> list[Objective]:
+        return [parse_objective(text) for text in self.objectives]
+
+    @property
+    def parsed_limits(self) -> list[Limit]:
+        return [parse_limit(text, self.confidence) for text in self.limits]
 
     @property
     def settings(self) -> SearchSettings:
@@ -74,8 +89,11 @@ class ExportPlan:
 
     def __post_init__(self) -> None:
         parse_objective(self.best)
-        for text in self.limits:
-            parse_limit(text)
+        _ = self.parsed_limits
+
+    @property
+    def parsed_limits(self) -> list[Limit]:
+        return [parse_limit(text) for text in self.limits]
 
 
 @dataclass(frozen=True)
@@ -93,8 +111,19 @@ class Experiment:
     export: ExportPlan = field(default_factory=ExportPlan)
 
     def __post_init__(self) -> None:
-        if "family" not in self.space:
+        if not _NAME.fullmatch(self.name):  # it names the run directory
+            raise BadExperiment(f"name: expected letters, digits, '.', '_' and '-', got {self.name!r}")
+        if self.seed < 0:
+            raise BadExperiment(f"seed: expected 0 or more, got {self.seed}")
+        if not isinstance(self.space.get("family"), str):
             raise BadExperiment("space.family is missing; expected the name of a family, such as mobilenet")
+        strange = [key for key in self.space if not isinstance(key, str)]
+        if strange:
+            raise BadExperiment(f"space: expected names as keys, got {strange[0]!r}")
+        names = [device.name for device in self.devices]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise BadExperiment(f"devices: {twice} is listed twice; leave one out")
 
     def to_dict(self) -> dict[str, Any]:
         return typing.cast(dict[str, Any], _plain(asdict(self)))
@@ -121,9 +150,8 @@ def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Experim
     if name_or_path not in recipe_names():
         path = Path(name_or_path)
         if not path.is_file():
-            raise BadExperiment(
-                f"no experiment {name_or_path!r}{nearest(name_or_path, recipe_names())}; or give the path of a YAML file"
-            )
+            hint = nearest(name_or_path, recipe_names())
+            raise BadExperiment(f"no experiment {name_or_path!r}{hint}; or give the path of a YAML file")
     return read_experiment(path, overrides)
 
 
@@ -131,7 +159,7 @@ def read_experiment(path: Path, overrides: Iterable[str] = ()) -> Experiment:
     """An experiment from a YAML file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise BadExperiment(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise BadExperiment(f"{path}: expected keys such as name, data and space; got {type(content).__name__}")
@@ -148,7 +176,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     *parents, last = key.strip().split(".")
     inner = content
     for parent in parents:
-        inner = inner.setdefault(parent, {})
+        if inner.get(parent) is None:
+            inner[parent] = {}
+        inner = inner[parent]
         if not isinstance(inner, dict):
             raise BadExperiment(f"--set {override!r}: {parent!r} holds a value, not keys")
     try:
@@ -170,7 +200,8 @@ def _build(cls: type, content: object, where: str) -> object:
     for name, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in content:
-            raise BadExperiment(f"missing key {prefix + name!r}; set it in the YAML file or with --set {prefix}{name}=...")
+            key = prefix + name
+            raise BadExperiment(f"missing key {key!r}; set it in the YAML file or with --set {key}=...")
     values = {key: _convert(hints[key], value, prefix + key) for key, value in content.items()}
     try:
         return cls(**values)
@@ -198,7 +229,8 @@ def _convert(hint: Any, value: object, where: str) -> object:
         return value
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
+            if math.isfinite(float(value)):
+                return float(value)
         except ValueError:
             pass
     elif type(value) is hint:

@@ -6,16 +6,18 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from hardware_profiles import DeviceProfile
+from hardware_profiles import DeviceProfile, Prediction, UnsupportedLayer
 from predictors import LatencyPredictor
 from search_spaces import Network
 
 Origin = Literal["measured", "simulated", "predicted", "exact"]
 UPPER_CONFIDENCE = 0.95  # a 90 % interval has 95 % of the values below its upper end
+Z_90 = 1.6448536269514722  # standard deviations from the mean to either end of a normal's central 90 %
+MOST_OBJECTIVES = 3
 
 # name -> (unit, whether more is better, whether it belongs to a device)
 FIGURES: Mapping[str, tuple[str, bool, bool]] = {
@@ -28,6 +30,7 @@ FIGURES: Mapping[str, tuple[str, bool, bool]] = {
     "sram_bytes": ("bytes", False, True),
     "flash_bytes": ("bytes", False, True),
 }
+ALWAYS = ("macs", "params", "model_bytes", "int8_macs_share")  # exact and free, so every evaluation has them
 
 # unit of a figure -> what else it may be written in
 CONVERTIBLE: Mapping[str, Mapping[str, float]] = {
@@ -40,7 +43,7 @@ CONVERTIBLE: Mapping[str, Mapping[str, float]] = {
 
 
 class UnknownFigure(ValueError):
-    """An objective or limit on something that is not a figure, or of a device that is not profiled."""
+    """An objective or limit on something that is not a figure, or that a device has no figure of."""
 
 
 class Infeasible(RuntimeError):
@@ -49,19 +52,28 @@ class Infeasible(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number with its 90 % interval and where it comes from."""
+    """A number with its 90 % interval and where it comes from; low and high are None where the error is not known."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     origin: Origin
 
     @classmethod
     def exact(cls, value: float) -> Figure:
         return cls(value, value, value, "exact")
 
-    def to_dict(self) -> dict[str, float | str]:
-        return {"value": self.value, "low": self.low, "high": self.high, "origin": self.origin}
+    @classmethod
+    def share(cls, value: float, count: int) -> Figure:
+        """A share measured on `count` independent images, with Wilson's score interval (E. B. Wilson, 1927)."""
+        spread = Z_90**2 / count
+        middle = (value + spread / 2) / (1 + spread)
+        half = math.sqrt(spread * (value * (1 - value) + spread / 4)) / (1 + spread)
+        # rounding must not leave a share of 0 or 1 outside its own interval
+        return cls(value, min(value, max(0.0, middle - half)), max(value, min(1.0, middle + half)), "measured")
+
+    def to_dict(self) -> dict[str, float | str | None]:
+        return asdict(self)
 
 
 Figures = Mapping[str, Figure]
@@ -81,26 +93,71 @@ class ProfiledDevice:
     @property
     def key(self) -> str:
         """Digest of what its figures depend on besides the network."""
-        fitted = self.predictor.model if self.predictor else None
+        fitted = (self.predictor.model, self.predictor.report()) if self.predictor else None
         return hashlib.sha256(f"{self.profile!r}{fitted!r}".encode()).hexdigest()[:12]
 
+    @property
+    def memory_limits(self) -> tuple[Limit, ...]:
+        """What the memory of the device holds: a network beyond it cannot run there."""
+        held = {"sram_bytes": self.profile.sram_limit_bytes, "flash_bytes": self.profile.flash_limit_bytes}
+        return tuple(Limit(name, "<=", float(most), self.name, None, self) for name, most in held.items() if most)
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether latencies can be predicted; a device that is measured needs a predictor, see `nas.profile`."""
+        return self.predictor is not None or self.profile.latency_model.additive is not None
+
+    @property
+    def has_latency_error(self) -> bool:
+        """Whether the error of its latencies is known, or will be once the device is profiled."""
+        model = self.profile.latency_model
+        return self.predictor is not None or self.profile.is_measured_live or model.relative_error is not None
+
     def figure(self, network: Network, name: str) -> Figure:
-        """`latency_ms`, `sram_bytes` or `flash_bytes` of a network on the device; infinite where it cannot run."""
+        """`latency_ms`, `sram_bytes` or `flash_bytes` of a network on the device; infinite where it cannot run.
+
+        A latency is infinite too where no measurement covers a layer of the network; `refusal` says why.
+        """
         if self.profile.illegal_layers(network):
             return Figure.exact(math.inf)
         if name == "sram_bytes":
             return Figure.exact(self.profile.sram_bytes(network))
         if name == "flash_bytes":
             return Figure.exact(self.profile.flash_bytes(network))
-        predicted = self.predictor.predict([network])[0] if self.predictor else self.profile.latency(network)
+        try:
+            predicted = self.latency(network)
+        except UnsupportedLayer:
+            return Figure.exact(math.inf)
         return Figure(predicted.mean_ms, predicted.low_ms, predicted.high_ms, "predicted")
+
+    def refusal(self, network: Network) -> str:
+        """Why the network has an infinite figure on the device, in one line; empty where it has none."""
+        illegal = self.profile.illegal_layers(network)
+        if illegal:
+            layer = network.by_name[illegal[0]]
+            kind = f"{layer.kind} {layer.activation}".strip()
+            more = f", and {len(illegal) - 1} more" if len(illegal) > 1 else ""
+            return f"{self.name} runs no {layer.precision.name} {kind} (layer {layer.name}{more})"
+        try:
+            self.latency(network)
+        except UnsupportedLayer as error:
+            return f"the latency model of {self.name}: {error}"
+        return ""
+
+    def latency(self, network: Network) -> Prediction:
+        """The predicted latency; raises UnsupportedLayer, and UnavailableCost where the device must be measured."""
+        return self.predictor.predict([network])[0] if self.predictor else self.profile.latency(network)
+
+
+DeviceLike = ProfiledDevice | DeviceProfile | str | None
 
 
 def _key(name: str, device: str | None) -> str:
     """How a figure is written wherever several devices are in play."""
     if name not in FIGURES:
         near = difflib.get_close_matches(name, FIGURES, n=1)
-        raise UnknownFigure(f"unknown figure {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(FIGURES)}"))
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(FIGURES)}"
+        raise UnknownFigure(f"unknown figure {name!r}; {hint}")
     if FIGURES[name][2] and device is None:
         raise UnknownFigure(f"{name} belongs to a device; write {name}@DEVICE")
     if not FIGURES[name][2] and device is not None:
@@ -108,17 +165,17 @@ def _key(name: str, device: str | None) -> str:
     return f"{name}@{device}" if device else name
 
 
-def _device_name(device: ProfiledDevice | DeviceProfile | str | None) -> str | None:
-    return device if device is None or isinstance(device, str) else device.name
-
-
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What to make as large or as small as possible; the direction travels with it."""
+    """What to make as large or as small as possible; the direction travels with it, and the device if it was given."""
 
     name: str
     direction: Literal["maximize", "minimize"]
     device: str | None = None
+    profiled: ProfiledDevice | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _ = self.key
 
     @property
     def key(self) -> str:
@@ -142,61 +199,77 @@ class Limit:
     value: float
     device: str | None = None
     confidence: float | None = None
+    profiled: ProfiledDevice | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        unit = FIGURES[self.name][0] if self.key else ""
+        if not math.isfinite(self.value):
+            raise ValueError(f"limit {self.key}{self.operator}{self.value}: expected a finite number")
+        if unit == "fraction" and not 0 <= self.value <= 1:
+            raise ValueError(
+                f"limit {self}: {self.name} is a fraction from 0 to 1; write {self.key}{self.operator}0.9 or 90%"
+            )
+        check_confidence(self.confidence)
 
     @property
     def key(self) -> str:
         return _key(self.name, self.device)
 
     def violation(self, figure: Figure) -> float:
-        """How far the figure is beyond the limit, as a share of the limit; 0 or less when it is met."""
+        """How far the figure is beyond the limit, as a share of the limit; 0 or less when it is met.
+
+        Raises UnknownFigure when a confidence is asked of a figure whose error is not known.
+        """
+        upper = self.operator == "<="
+        reached = figure.value
+        if self.confidence is not None:
+            end = figure.high if upper else figure.low
+            if end is None:
+                raise UnknownFigure(f"limit {self}: the error of {self.key} is not known; leave the confidence out")
+            reached = end
         scale = abs(self.value) or 1.0
-        if self.operator == "<=":
-            return ((figure.high if self.confidence else figure.value) - self.value) / scale
-        return (self.value - (figure.low if self.confidence else figure.value)) / scale
+        return (reached - self.value if upper else self.value - reached) / scale
 
     def __str__(self) -> str:
-        at = f" at {self.confidence:.0%}" if self.confidence else ""
-        return f"{self.key}{self.operator}{self.value:g}{at}"
+        at = f" at {self.confidence:.0%}" if self.confidence is not None else ""
+        return f"{self.key}{self.operator}{self.value:.15g}{at}"
 
 
-def maximize(name: str, device: ProfiledDevice | DeviceProfile | str | None = None) -> Objective:
-    return _checked(Objective(name, "maximize", _device_name(device)))
+Item = Objective | Limit
 
 
-def minimize(name: str, device: ProfiledDevice | DeviceProfile | str | None = None) -> Objective:
-    return _checked(Objective(name, "minimize", _device_name(device)))
+def check_confidence(confidence: float | None) -> None:
+    """Raise ValueError for a confidence that the stored intervals cannot answer."""
+    if confidence is not None and confidence != UPPER_CONFIDENCE:
+        raise ValueError(
+            f"confidence {confidence:g}: the intervals kept are of 90 %, so only {UPPER_CONFIDENCE} can be asked for"
+        )
 
 
-def at_most(
-    name: str,
-    value: float,
-    device: ProfiledDevice | DeviceProfile | str | None = None,
-    *,
-    confidence: float | None = None,
-) -> Limit:
-    return _checked_limit(Limit(name, "<=", float(value), _device_name(device), confidence))
+def _profiled(device: DeviceLike) -> tuple[str | None, ProfiledDevice | None]:
+    """(name, device) of what a caller named a device by."""
+    if device is None or isinstance(device, str):
+        return device, None
+    profiled = ProfiledDevice(device) if isinstance(device, DeviceProfile) else device
+    return profiled.name, profiled
 
 
-def at_least(
-    name: str,
-    value: float,
-    device: ProfiledDevice | DeviceProfile | str | None = None,
-    *,
-    confidence: float | None = None,
-) -> Limit:
-    return _checked_limit(Limit(name, ">=", float(value), _device_name(device), confidence))
+def maximize(name: str, device: DeviceLike = None) -> Objective:
+    return Objective(name, "maximize", *_profiled(device))
 
 
-def _checked(objective: Objective) -> Objective:
-    _ = objective.key
-    return objective
+def minimize(name: str, device: DeviceLike = None) -> Objective:
+    return Objective(name, "minimize", *_profiled(device))
 
 
-def _checked_limit(limit: Limit) -> Limit:
-    _ = limit.key
-    if limit.confidence is not None and limit.confidence != UPPER_CONFIDENCE:
-        raise ValueError(f"confidence {limit.confidence:g}: intervals are 90 %, so only {UPPER_CONFIDENCE} can be asked for")
-    return limit
+def at_most(name: str, value: float, device: DeviceLike = None, *, confidence: float | None = None) -> Limit:
+    device_name, profiled = _profiled(device)
+    return Limit(name, "<=", float(value), device_name, confidence, profiled)
+
+
+def at_least(name: str, value: float, device: DeviceLike = None, *, confidence: float | None = None) -> Limit:
+    device_name, profiled = _profiled(device)
+    return Limit(name, ">=", float(value), device_name, confidence, profiled)
 
 
 def parse_objective(text: str) -> Objective:
@@ -217,18 +290,22 @@ def parse_limit(text: str, confidence: float | None = None) -> Limit:
     """
     found = _LIMIT.match(text)
     if not found:
-        raise ValueError(f"cannot read the limit {text!r}; write NAME[@DEVICE]<=NUMBER[unit], such as 'latency_ms@host-cpu<=5'")
+        raise ValueError(
+            f"cannot read the limit {text!r}; write NAME[@DEVICE]<=NUMBER[unit], such as 'latency_ms@host-cpu<=5'"
+        )
     name, device, operator, number, unit = found.groups()
     _key(name, device)
     known = CONVERTIBLE[FIGURES[name][0]]
     if unit and unit not in known:
-        raise ValueError(f"limit {text!r}: {name} is in {FIGURES[name][0]}, not {unit!r}; write a plain number, or one of {', '.join(known)}")
+        raise ValueError(
+            f"limit {text!r}: {name} is in {FIGURES[name][0]}, not {unit!r}; "
+            f"write a plain number, or one of {', '.join(known)}"
+        )
     try:
         value = float(number) * known.get(unit, 1.0)
     except ValueError:
         raise ValueError(f"limit {text!r}: {number!r} is not a number") from None
-    asked = confidence if name == "latency_ms" else None
-    return _checked_limit(Limit(name, operator, value, device, asked))  # type: ignore[arg-type]
+    return Limit(name, operator, value, device, confidence if name == "latency_ms" else None)  # type: ignore[arg-type]
 
 
 def cheap_figures(network: Network, keys: Iterable[str], devices: Mapping[str, ProfiledDevice]) -> dict[str, Figure]:
@@ -243,11 +320,34 @@ def cheap_figures(network: Network, keys: Iterable[str], devices: Mapping[str, P
     return found
 
 
-def check_devices(keys: Iterable[str], devices: Mapping[str, ProfiledDevice]) -> None:
-    """Raise UnknownFigure for a figure of a device that is not profiled."""
-    for key in keys:
-        device = key.partition("@")[2]
-        if device and device not in devices:
-            near = difflib.get_close_matches(device, devices, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; profiled here: {', '.join(devices) or 'none'}"
-            raise UnknownFigure(f"{key}: the device {device!r} is not profiled{hint}")
+def check_objectives(objectives: Sequence[Objective]) -> None:
+    """Raise ValueError unless there are one to three different objectives."""
+    if not 1 <= len(objectives) <= MOST_OBJECTIVES:
+        raise ValueError(f"{len(objectives)} objectives; expected one to three")
+    keys = [objective.key for objective in objectives]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice:
+        raise ValueError(f"the objective {twice} is given twice; leave one out")
+
+
+def check_devices(items: Iterable[Item], devices: Mapping[str, ProfiledDevice]) -> None:
+    """Raise UnknownFigure for a figure that its device does not have, or a confidence that cannot be answered."""
+    for item in items:
+        if item.device is None:
+            continue
+        if item.device not in devices:
+            near = difflib.get_close_matches(item.device, devices, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"profiled here: {', '.join(devices) or 'none'}"
+            raise UnknownFigure(f"{item.key}: the device {item.device!r} is not profiled; {hint}")
+        device = devices[item.device]
+        if item.name == "sram_bytes" and device.profile.planner is None:
+            able = [name for name, other in devices.items() if other.profile.planner]
+            raise UnknownFigure(
+                f"{item.key}: {item.device} has no memory planner, so its SRAM is not known; "
+                f"name a microcontroller ({', '.join(able) or 'none is profiled here'})"
+            )
+        if isinstance(item, Limit) and item.confidence is not None and not device.has_latency_error:
+            raise UnknownFigure(
+                f"limit {item}: the error of the latencies of {item.device} is not known "
+                f"({device.profile.latency_model.origin}, not measured); leave the confidence out"
+            )

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = ("train", "calibration", "val_search", "val_front", "test")
@@ -30,7 +35,7 @@ class BadData(ValueError):
 
 
 class Images(Protocol):
-    """Images by index: (n, channels, side, side) uint8 tensors, never all in memory at once."""
+    """Images by index, as (n, channels, side, side) uint8 tensors, wherever they are kept."""
 
     channels: int
     side: int
@@ -43,13 +48,11 @@ class Images(Protocol):
 
 
 class ArrayImages:
-    """Images held in memory: uint8 (n, height, width[, channels])."""
+    """Images held in memory: uint8 (n, channels, side, side)."""
 
     def __init__(self, pixels: np.ndarray) -> None:
-        if pixels.ndim == 3:
-            pixels = pixels[..., None]
-        self._pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-        self.channels, self.side = int(self._pixels.shape[1]), int(self._pixels.shape[2])
+        self._pixels = torch.from_numpy(pixels)
+        self.channels, self.side = pixels.shape[1], pixels.shape[2]
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -59,28 +62,53 @@ class ArrayImages:
             yield self._pixels[torch.from_numpy(batch)]
 
     def digest(self) -> str:
-        return hashlib.sha256(self._pixels.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self._pixels.numpy().data).hexdigest()
 
 
-class _ImageFiles(torch.utils.data.Dataset[Tensor]):
-    def __init__(self, paths: Sequence[Path], channels: int, side: int) -> None:
-        self.paths, self.channels, self.side = paths, channels, side
+@contextmanager
+def _opened(path: Path) -> Iterator[Image]:
+    """An image file; whatever Pillow raises for a damaged one while it is open becomes BadData naming it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadData(f"{path} is not a readable image ({error}); remove or replace it") from None
+
+
+def _is_grey(path: Path) -> bool:
+    with _opened(path) as image:
+        return image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
+
+
+def _read_image(path: Path, channels: int, side: int) -> np.ndarray:
+    """uint8 (channels, side, side) of an image file, the whole image resized, whatever its proportions."""
+    from PIL import Image
+
+    with _opened(path) as image:
+        if image.mode.startswith("I;16"):  # Pillow clips these to 0..255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("L" if channels == 1 else "RGB").resize((side, side), Image.Resampling.BILINEAR)
+        return np.asarray(image, dtype=np.uint8).reshape(side, side, channels).transpose(2, 0, 1)
+
+
+class _ImageBatches(torch.utils.data.Dataset["Tensor | str"]):
+    """One item a batch: its images, or the text of a BadData, since errors leave a worker process disfigured."""
+
+    def __init__(self, images: FolderImages, batches: Sequence[np.ndarray]) -> None:
+        self.images, self.batches = images, batches
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> Tensor:
-        from PIL import Image, UnidentifiedImageError
-
-        path = self.paths[index]
+    def __getitem__(self, index: int) -> Tensor | str:
+        images = self.images
         try:
-            with Image.open(path) as opened:
-                image = opened.convert("L" if self.channels == 1 else "RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise BadData(f"{path} is not a readable image ({error}); remove or replace it") from None
-        image = image.resize((self.side, self.side), Image.Resampling.BILINEAR)
-        pixels = np.asarray(image, dtype=np.uint8).reshape(self.side, self.side, self.channels)
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+            read = [_read_image(images.paths[i], images.channels, images.side) for i in self.batches[index]]
+        except BadData as error:
+            return str(error)
+        return torch.from_numpy(np.stack(read))
 
 
 class FolderImages:
@@ -94,14 +122,18 @@ class FolderImages:
 
     def stream(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
         loader = torch.utils.data.DataLoader(
-            _ImageFiles(self.paths, self.channels, self.side),
-            batch_sampler=[batch.tolist() for batch in batches],
+            _ImageBatches(self, batches),
+            batch_size=None,
             num_workers=min(self.workers, len(batches)) if len(batches) > 1 else 0,
-            generator=torch.Generator().manual_seed(0),  # its workers draw nothing; this keeps the global state untouched
+            generator=torch.Generator().manual_seed(0),  # or the loader draws a seed from the global state
         )
-        yield from loader
+        for item in loader:
+            if isinstance(item, str):
+                raise BadData(item)
+            yield item
 
     def digest(self) -> str:
+        """Of names and sizes of the files: reading them all would take as long as an epoch."""
         described = "\n".join(f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in self.paths)
         return hashlib.sha256(f"{self.side} {self.channels}\n{described}".encode()).hexdigest()
 
@@ -117,7 +149,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batches(self, batch_size: int, positions: Sequence[np.ndarray] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, batch_size: int, positions: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """(images uint8, labels) in order, or at the given arrays of positions."""
         if positions is None:
             positions = np.array_split(np.arange(len(self)), max(1, -(-len(self) // batch_size)))
@@ -174,6 +208,19 @@ def augment(pixels: Tensor, *, flip: bool, crop_padding: int, generator: torch.G
     return pixels
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """How many images the splits take; see `load_data`."""
+
+    val_search: int | float
+    val_front: int | float
+    calibration: int
+    test: float
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} = {size}" for name, size in vars(self).items())
+
+
 # loading -------------------------------------------------------------------------------------------------
 
 
@@ -197,51 +244,50 @@ def load_data(
         calibration: training images whose activations set norm statistics and quantization ranges.
         test: share of the images held out for testing where the source has no test set.
         side: side to which the images of a folder are resized when read; by default that of the first, at most 224.
-        workers: processes that decode the images of a folder.
+        workers: processes that decode the images of a folder; 0 decodes them in this one.
         seed: of the splits.
 
     Raises BadData, saying what was got and expected.
     """
-    sizes = {"val_search": val_search, "val_front": val_front, "calibration": calibration}
+    sizes = _Sizes(val_search, val_front, calibration, test)
     if str(source) == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         pixels = np.round(digits.images * (255.0 / 16.0)).astype(np.uint8)
-        return from_arrays(pixels, digits.target, test=test, seed=seed, name="digits", **sizes)
+        return _from_arrays(pixels, digits.target, None, None, sizes, seed, "digits")
     path = Path(source)
     if path.is_dir():
-        return _from_folder(path, sizes, test, side, workers, seed)
+        return _from_folder(path, sizes, side, workers, seed)
     if not path.exists():
         raise BadData(f"no data at {str(path)!r}: expected 'digits', an .npz file or a folder of images")
-    return _from_npz(path, sizes, test, seed)
+    return _from_npz(path, sizes, seed)
 
 
-def _from_npz(path: Path, sizes: dict[str, int | float], test: float, seed: int) -> Data:
-    try:
-        opened = np.load(path, allow_pickle=False)
-        arrays = {name: opened[name] for name in opened.files} if isinstance(opened, np.lib.npyio.NpzFile) else None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise BadData(f"{path} is not an .npz file ({error}); write one with numpy.savez") from None
-    if arrays is None:
-        raise BadData(f"{path} holds a single array; expected an .npz with x_train and y_train")
-    missing = [name for name in ("x_train", "y_train") if name not in arrays]
-    if missing:
-        raise BadData(f"{path} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}")
+def _from_npz(path: Path, sizes: _Sizes, seed: int) -> Data:
+    arrays = _read_npz(path, ("x_train", "y_train", "x_test", "y_test", "classes"))
     if ("x_test" in arrays) != ("y_test" in arrays):
         raise BadData(f"{path} has only one of x_test and y_test; expected both or none")
     held_out = (arrays["x_test"], arrays["y_test"]) if "x_test" in arrays else None
-    classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
-    return from_arrays(
-        arrays["x_train"],
-        arrays["y_train"],
-        held_out,
-        classes=classes,
-        test=test,
-        seed=seed,
-        name=path.stem,
-        **sizes,
-    )
+    classes = [str(name) for name in np.atleast_1d(arrays["classes"])] if "classes" in arrays else None
+    return _from_arrays(arrays["x_train"], arrays["y_train"], held_out, classes, sizes, seed, path.stem)
+
+
+def _read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those arrays of an .npz file that are called so; x_train and y_train must be."""
+    try:
+        with path.open("rb") as stream:  # numpy leaves a damaged file open
+            opened = np.load(stream, allow_pickle=False)
+            if not isinstance(opened, np.lib.npyio.NpzFile):
+                raise BadData(f"{path} holds a single array; expected an .npz with x_train and y_train")
+            missing = [name for name in ("x_train", "y_train") if name not in opened.files]
+            if missing:
+                raise BadData(f"{path} lacks {', '.join(missing)}; it holds {', '.join(opened.files) or 'nothing'}")
+            return {name: opened[name] for name in names if name in opened.files}
+    except BadData:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadData(f"{path} is not a readable .npz file ({error}); write one with numpy.savez") from None
 
 
 def from_arrays(
@@ -260,72 +306,114 @@ def from_arrays(
     """A data set from arrays: images (n, side, side[, channels]), uint8 or float in 0..1, and labels (n,).
 
     `held_out` is a test set of the same form; without it a share `test` of the images is held out.
+    The images are copied. Raises BadData, saying what was got and expected.
     """
-    pixels, labels = _checked(x, y, "the training")
-    tests = np.empty(0, dtype=np.int64)
+    sizes = _Sizes(val_search, val_front, calibration, test)
+    return _from_arrays(x, y, held_out, classes, sizes, seed, name)
+
+
+def _from_arrays(
+    x: np.ndarray,
+    y: np.ndarray,
+    held_out: tuple[np.ndarray, np.ndarray] | None,
+    classes: Sequence[str] | None,
+    sizes: _Sizes,
+    seed: int,
+    name: str,
+) -> Data:
+    images, labels = _checked(x, y, "training")
+    sources, tests = [images], np.empty(0, dtype=np.int64)
     if held_out is not None:
-        test_pixels, test_labels = _checked(*held_out, "the test")
-        if test_pixels.shape[1:] != pixels.shape[1:]:
-            raise BadData(f"training images are {pixels.shape[1:]}, test images {test_pixels.shape[1:]}")
-        tests = np.arange(len(pixels), len(pixels) + len(test_pixels))
-        pixels, labels = np.concatenate([pixels, test_pixels]), np.concatenate([labels, test_labels])
-    sizes = {"val_search": val_search, "val_front": val_front, "calibration": calibration}
-    return _assemble(name, ArrayImages(pixels), labels, tests, classes, sizes, test, seed)
+        test_images, test_labels = _checked(*held_out, "test")
+        if test_images.shape[1:] != images.shape[1:]:
+            raise BadData(f"training images are {images.shape[1:]}, test images {test_images.shape[1:]}")
+        tests = np.arange(len(images), len(images) + len(test_images))
+        sources, labels = [images, test_images], np.concatenate([labels, test_labels])
+    return _assemble(name, ArrayImages(_as_pixels(sources)), labels, tests, classes, sizes, seed)
 
 
 def _checked(x: np.ndarray, y: np.ndarray, which: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images, not converted yet, as (n, side, side, channels), and their labels as int64."""
     x, y = np.asarray(x), np.asarray(y).reshape(-1)
     if x.ndim not in (3, 4):
         raise BadData(f"{which} images have shape {x.shape}; expected (n, side, side) or (n, side, side, channels)")
+    if not x.size:
+        raise BadData(f"{which} images have shape {x.shape}; expected at least one image")
     if x.shape[1] != x.shape[2]:
-        raise BadData(f"{which} images are {x.shape[1]}x{x.shape[2]}; expected square ones")
+        raise BadData(f"{which} images are {x.shape[1]}x{x.shape[2]}; expected square ones, channels last")
     if len(x) != len(y):
-        raise BadData(f"{len(x)} images but {len(y)} labels in {which} set; expected as many labels as images")
+        raise BadData(f"{len(x)} images but {len(y)} labels in the {which} set; expected as many labels as images")
     if x.dtype != np.uint8:
-        if not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
-            raise BadData(f"{which} images are {x.dtype}; expected uint8, or finite floats from 0 to 1")
-        x = np.round(x * 255.0).astype(np.uint8)
+        if not np.issubdtype(x.dtype, np.floating):
+            raise BadData(f"{which} images are {x.dtype}; expected uint8, or floats from 0 to 1")
+        low, high = x.min(), x.max()
+        if not (low >= 0 and high <= 1):  # NaN included
+            raise BadData(f"{which} images are {x.dtype} from {low:g} to {high:g}; expected 0 to 1, or uint8")
     if not np.issubdtype(y.dtype, np.integer):
         raise BadData(f"{which} labels are {y.dtype}; expected integers from 0")
-    if len(y) and y.min() < 0:
+    if y.min() < 0:
         raise BadData(f"{which} labels go down to {y.min()}; expected integers from 0")
-    return x, y.astype(np.int64)
+    return (x if x.ndim == 4 else x[..., None]), y.astype(np.int64)
 
 
-def _from_folder(
-    path: Path, sizes: dict[str, int | float], test: float, side: int | None, workers: int, seed: int
-) -> Data:
-    from PIL import Image, UnidentifiedImageError
-
-    train_root = path / "train" if (path / "train").is_dir() else path
-    test_root = path / "test" if (path / "test").is_dir() and train_root != path else None
-    names = sorted(folder.name for folder in train_root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    paths, labels = _image_files(train_root, names)
-    if not paths:
-        raise BadData(f"{train_root} has no images; expected one folder of images a class")
-    tests = np.empty(0, dtype=np.int64)
-    if test_root is not None:
-        more, more_labels = _image_files(test_root, names)
-        tests = np.arange(len(paths), len(paths) + len(more))
-        paths, labels = paths + more, labels + more_labels
-    try:
-        with Image.open(paths[0]) as first:
-            channels = 1 if first.mode in ("1", "L", "I;16") else 3
-            side = side or min(*first.size, 224)
-    except (OSError, UnidentifiedImageError) as error:
-        raise BadData(f"{paths[0]} is not a readable image ({error}); remove or replace it") from None
-    images = FolderImages(paths, channels, side, workers)
-    return _assemble(path.name, images, np.asarray(labels), tests, names, sizes, test, seed)
+def _as_pixels(sources: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 (n, channels, side, side) of all sources, a slice at a time: no other copy of the images is made."""
+    _, side, _, channels = sources[0].shape
+    pixels = np.empty((sum(map(len, sources)), channels, side, side), dtype=np.uint8)
+    end = 0
+    for source in sources:
+        for part in np.array_split(source, -(-len(source) // 1024)):
+            start, end = end, end + len(part)
+            scaled = part if part.dtype == np.uint8 else np.round(part * 255.0)
+            pixels[start:end] = scaled.transpose(0, 3, 1, 2)
+    return pixels
 
 
-def _image_files(root: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(p for p in (root / name).glob("**/*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        paths += found
-        labels += [label] * len(found)
-    return paths, labels
+def _from_folder(path: Path, sizes: _Sizes, side: int | None, workers: int, seed: int) -> Data:
+    """One folder of images a class, or train/ and test/ of such; grey where the first image of every class is."""
+    is_split = (path / "train").is_dir() and bool(_class_names(path / "train"))
+    train_root = path / "train" if is_split else path
+    names = _class_names(train_root)
+    found = _image_files(train_root, names)
+    empty = [name for name in names if not found[name]]
+    if empty or not names:
+        lacking = f"{train_root / empty[0]}" if empty else f"{train_root}"
+        raise BadData(f"{lacking} has no images; expected one folder of images a class, and no other folder")
+    held_out: dict[str, list[Path]] = {}
+    if is_split and (path / "test").is_dir():
+        unknown = sorted(set(_class_names(path / "test")) - set(names))
+        if unknown:
+            raise BadData(
+                f"{path / 'test' / unknown[0]} is a class without training images; expected the classes of {train_root}"
+            )
+        held_out = _image_files(path / "test", names)
+        if not any(held_out.values()):
+            raise BadData(f"{path / 'test'} has no images; add some, or remove it to hold out a share of the others")
+    paths = [file for files in (*found.values(), *held_out.values()) for file in files]
+    counts = [len(files) for files in (*found.values(), *held_out.values())]
+    labels = np.repeat(np.arange(len(counts)) % len(names), counts)
+    tests = np.arange(sum(map(len, found.values())), len(paths))
+    channels = 1 if all(_is_grey(files[0]) for files in found.values()) else 3
+    if side is None:
+        with _opened(paths[0]) as first:
+            side = min(*first.size, 224)
+    if side < 1:
+        raise BadData(f"images resized to a side of {side} pixels; expected 1 or more")
+    return _assemble(path.name, FolderImages(paths, channels, side, workers), labels, tests, names, sizes, seed)
+
+
+def _class_names(root: Path) -> list[str]:
+    return sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _image_files(root: Path, classes: Sequence[str]) -> dict[str, list[Path]]:
+    """Image files of each class, those in folders of its folder too; hidden ones are not the user's images."""
+
+    def is_image(file: Path) -> bool:
+        hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+        return file.suffix.lower() in IMAGE_SUFFIXES and not hidden and file.is_file()
+
+    return {name: sorted(filter(is_image, (root / name).rglob("*"))) for name in classes}
 
 
 def _assemble(
@@ -334,8 +422,7 @@ def _assemble(
     labels: np.ndarray,
     tests: np.ndarray,
     classes: Sequence[str] | None,
-    sizes: dict[str, int | float],
-    test: float,
+    sizes: _Sizes,
     seed: int,
 ) -> Data:
     """Draw the splits, name the classes and measure the pixels."""
@@ -346,17 +433,25 @@ def _assemble(
     count = int(labels.max()) + 1
     if classes is not None and len(classes) < count:
         raise BadData(f"labels go up to {count - 1} but only {len(classes)} classes are named")
+    if classes is None and len(present) < count:
+        first = int(np.argmax(present != np.arange(len(present)))) if present[-1] >= len(present) else len(present)
+        raise BadData(
+            f"labels go up to {count - 1} but no training image has label {first}; "
+            "number the classes from 0 without gaps, or name them all"
+        )
     classes = tuple(classes) if classes is not None else tuple(str(i) for i in range(count))
     rng = np.random.default_rng(seed)
     if not len(tests):
-        tests, rest = _draw(rest, labels, test, rng)
-    val_search, rest = _draw(rest, labels, sizes["val_search"], rng)
-    val_front, rest = _draw(rest, labels, sizes["val_front"], rng)
-    calibration = np.sort(rng.permutation(rest)[: int(sizes["calibration"])])
+        tests, rest = _draw(rest, labels, sizes.test, rng)
+    val_search, rest = _draw(rest, labels, sizes.val_search, rng)
+    val_front, rest = _draw(rest, labels, sizes.val_front, rng)
+    if sizes.calibration < 1:
+        raise BadData(f"calibration = {sizes.calibration}; expected a number of images, 1 or more")
+    calibration = np.sort(rng.permutation(rest)[: int(sizes.calibration)])
     chosen = dict(zip(SPLITS, (rest, calibration, val_search, val_front, tests), strict=True))
     for split, indices in chosen.items():
         if not len(indices):
-            raise BadData(f"the {split} split is empty: {len(labels)} images are too few for splits of {sizes}")
+            raise BadData(f"the {split} split is empty: {len(labels)} images are too few for {sizes}")
     splits = {split: Split(images, indices, torch.from_numpy(labels[indices])) for split, indices in chosen.items()}
     mean, std = _pixel_statistics(splits["train"], rng)
     sha = hashlib.sha256(images.digest().encode())
@@ -375,7 +470,8 @@ def _draw(
     drawn = []
     for label in np.unique(labels[indices]):
         members = rng.permutation(indices[labels[indices] == label])
-        drawn.append(members[: max(1, round(share * len(members)))] if len(members) > 1 else members[:0])
+        count = min(max(1, round(share * len(members))), len(members) - 1)  # one stays behind
+        drawn.append(members[:count])
     taken = np.sort(np.concatenate(drawn))
     return taken, np.setdiff1d(indices, taken)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nas.data import Data
 from nas.interpreter import Normalization
-from nas.supernet import Subnet
+from nas.supernet import LayerParameters, Subnet
 
 
 def resolution_of(subnet: Subnet) -> int:
@@ -17,23 +18,43 @@ def resolution_of(subnet: Subnet) -> int:
 
 
 def recalibrate(subnet: Subnet, batches: Iterable[Tensor]) -> Subnet:
-    """Set the norm statistics of a subnet, in place, to their average over batches of images; returns it.
+    """Set the norm statistics of a subnet, in place, to mean and variance over all the images; returns it.
 
     Statistics shared by many architectures fit none of them (arXiv 1903.05134); the images should come from
-    the training set. Weights do not change.
+    the training set, in random order, since a norm sees what the norms before it made of its own batch.
+    Weights do not change. Raises ValueError when there is no image.
     """
+    norms = [held for held in subnet.modules() if isinstance(held, LayerParameters) and "norm_mean" in held.names]
+    means = [torch.zeros_like(norm.norm_mean, dtype=torch.float64) for norm in norms]
+    squares = [torch.zeros_like(mean) for mean in means]
+    seen = 0
     with torch.no_grad():
-        for count, x in enumerate(batches, start=1):
-            subnet.run(x, Normalization(from_batch=True, momentum=1.0 / count))
+        for x in batches:
+            subnet.run(x, Normalization(from_batch=True, momentum=1.0))
+            seen += len(x)
+            for norm, mean, square in zip(norms, means, squares, strict=True):
+                mean += len(x) * norm.norm_mean
+                square += len(x) * (norm.norm_variance + norm.norm_mean.double().square())
+        if not seen:
+            raise ValueError("no images to recalibrate with; expected at least one batch")
+        for norm, mean, square in zip(norms, means, squares, strict=True):
+            norm.norm_mean.copy_(mean / seen)
+            norm.norm_variance.copy_((square / seen - (mean / seen).square()).clamp_min(0.0))
     return subnet.eval()
 
 
 def calibration_images(data: Data, subnet: Subnet, batch_size: int = 256) -> list[Tensor]:
-    """The calibration split at the resolution of a subnet."""
-    return [x for x, _ in data.batches("calibration", resolution_of(subnet), batch_size)]
+    """The calibration split at the resolution of a subnet, in one fixed random order.
+
+    The order of a data set may be that of its classes: its first images would be of the first classes only.
+    """
+    split = data["calibration"]
+    order = np.random.default_rng(0).permutation(len(split))
+    positions = np.array_split(order, -(-len(split) // batch_size))
+    return [data.prepare(pixels, resolution_of(subnet)) for pixels, _ in split.batches(batch_size, positions)]
 
 
-def accuracy(subnet: Subnet, data: Data, split: str, *, batch_size: int = 256) -> float:
+def accuracy(subnet: Subnet, data: Data, split: str, *, batch_size: int = 64) -> float:
     """Top-1 accuracy on a split, in 0..1. Recalibrate the subnet first."""
     device = next(subnet.parameters()).device
     correct = 0

@@ -6,6 +6,7 @@ every layer called quantized, and agreement with torch on the test images.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import tempfile
@@ -17,11 +18,12 @@ import onnx
 import onnxruntime
 import torch
 
-from hardware_profiles.host_cpu import NoisyMachine
-from hardware_profiles.onnx_writer import integer_kernels, write_onnx
-from nas.costs import ProfiledDevice
+from hardware_profiles import UnavailableCost, UnsupportedLayer, load_device
+from hardware_profiles.host_cpu import DEVICE, NoisyMachine
+from hardware_profiles.onnx_writer import INTEGER_OPERATORS, integer_kernels, write_onnx
+from nas.costs import Figure, ProfiledDevice
 from nas.data import RESIZING, Data
-from nas.evaluate import resolution_of
+from nas.evaluate import accuracy, resolution_of
 from nas.files import sha256_of, write_bytes, write_json, write_text
 from nas.front import Evaluation
 from nas.profile import measure
@@ -47,7 +49,7 @@ def export(
     data: Data,
     folder: str | Path,
     *,
-    devices: Mapping[str, ProfiledDevice] | Iterable[ProfiledDevice] = (),
+    devices: Mapping[str, ProfiledDevice] | Iterable[ProfiledDevice] | None = None,
     evaluator: Evaluator | None = None,
     patience_s: float = 180.0,
 ) -> dict[str, object]:
@@ -58,10 +60,15 @@ def export(
         chosen: a point of a front, or an architecture.
         data: norms and ranges come from its calibration split; the test split is read here, and only here.
         folder: gets ID/model.onnx, ID/manifest.json and ID/card.md.
-        devices: whose costs the manifest lists; a device that is this machine is measured.
+        devices: whose costs the manifest lists; a device that is this machine is measured. By default this
+            machine alone.
+        patience_s: how long to wait for a slow phase of this machine to pass.
 
-    Raises ExportFailed when onnxruntime does not agree with torch, or a quantized layer has no integer kernel.
+    Raises ExportFailed when onnxruntime does not agree with torch, or a quantized layer has no integer kernel;
+    then nothing is written.
     """
+    if devices is None:
+        devices = [ProfiledDevice(load_device(DEVICE))]
     devices = list(devices.values()) if isinstance(devices, Mapping) else list(devices)
     evaluator = evaluator or Evaluator(supernet, data)
     architecture = chosen if isinstance(chosen, Architecture) else supernet.space.parse(chosen.architecture)
@@ -78,9 +85,11 @@ def export(
     content = bytes(model.SerializeToString())
     kernels = _checked_kernels(content, network)
     parity = _parity(content, deployed, data)
+    believed = {**chosen.figures, **chosen.predicted} if isinstance(chosen, Evaluation) else {}
     manifest: dict[str, object] = {
         "schema": SCHEMA,
         "id": architecture.id,
+        "key": export_key(evaluator, architecture, devices),
         "space": supernet.space.name,
         "architecture": str(architecture),
         "supernet_sha256": evaluator.supernet_sha256,
@@ -89,7 +98,7 @@ def export(
         "integer_kernels": kernels,
         "weight_limit": evaluator.weight_limit,
         "accuracy": {
-            "validation": evaluator.accuracy(architecture, "val_front"),
+            "validation": accuracy(deployed.simulated, data, "val_front"),
             "test": parity.pop("test_accuracy"),
             "test_torch": parity.pop("test_accuracy_torch"),
             "test_images": len(data["test"]),
@@ -99,7 +108,10 @@ def export(
         "params": network.params,
         "model_bytes": network.model_bytes,
         "file_bytes": len(content),
-        "devices": {device.name: _device_costs(device, network, content, patience_s) for device in devices},
+        "devices": {
+            device.name: _device_costs(device, network, content, believed.get(f"latency_ms@{device.name}"), patience_s)
+            for device in devices
+        },
         "input": {
             "name": "input",
             "shape": ["batch", *network.input_shape],
@@ -114,21 +126,31 @@ def export(
     return _write(Path(folder), architecture.id, content, manifest)
 
 
+def export_key(evaluator: Evaluator, architecture: Architecture, devices: Iterable[ProfiledDevice]) -> str:
+    """Digest of what a manifest depends on: an export whose key is another is stale."""
+    parts = (evaluator.key, str(architecture), sorted((device.name, device.key) for device in devices))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def _checked_kernels(content: bytes, network: Network) -> dict[str, str]:
-    """The integer kernel of every quantized layer; raises ExportFailed naming the layers that have none."""
-    kernels = integer_kernels(content, network)
-    missing = [name for name, precision in network.precisions.items() if precision != "fp32" and name not in kernels]
-    if missing:
+    """The integer kernels of quantized layers; raises ExportFailed when one with weights has none."""
+    operators = integer_kernels(content, network)
+    kernels = {name: operator for name, operator in operators.items() if operator in INTEGER_OPERATORS}
+    quantized = (layer.name for layer in network.layers if layer.has_weights and layer.precision.is_quantized)
+    lacking = [f"{name} ({operators.get(name, 'missing')})" for name in quantized if name not in kernels]
+    if lacking:
         raise ExportFailed(
-            f"onnxruntime {onnxruntime.__version__} computes {', '.join(missing)} in float, not on integers; "
-            "set their precision to fp32, or use the version this was tested with"
+            f"onnxruntime {onnxruntime.__version__} does not compute {', '.join(lacking)} on integers; "
+            "set their precision to fp32, or use the version this was tested with; nothing was written"
         )
     return kernels
 
 
 def _parity(content: bytes, deployed: Quantized, data: Data) -> dict[str, float | str | int]:
     """onnxruntime against torch on all test images, which are real and were never seen."""
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of what it does to a graph, which nobody can act on
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     resolution = resolution_of(deployed.simulated)
     agreed = correct = correct_torch = count = 0
     largest = total = 0.0
@@ -163,23 +185,41 @@ def _parity(content: bytes, deployed: Quantized, data: Data) -> dict[str, float 
     }
 
 
-def _device_costs(device: ProfiledDevice, network: Network, content: bytes, patience_s: float) -> dict[str, object]:
+def _device_costs(
+    device: ProfiledDevice, network: Network, content: bytes, believed: Figure | None, patience_s: float
+) -> dict[str, object]:
+    """What a manifest says of one device; `believed` is the latency that a search predicted."""
     illegal = device.profile.illegal_layers(network)
     found: dict[str, object] = {"runtime": device.profile.runtime, "legal": not illegal}
     if illegal:
         return found | {"illegal_layers": list(illegal)}
-    predicted = device.figure(network, "latency_ms")
-    found["latency_ms"] = {"predicted": predicted.to_dict()}
     if device.profile.planner:
         found |= {name: int(device.figure(network, name).value) for name in ("sram_bytes", "flash_bytes")}
         found["planner"] = device.profile.planner
+        limits = device.memory_limits
+        found["fits"] = all(limit.violation(device.figure(network, limit.name)) <= 0 for limit in limits)
+    return found | {"latency_ms": _latencies(device, network, content, believed, patience_s)}
+
+
+def _latencies(
+    device: ProfiledDevice, network: Network, content: bytes, believed: Figure | None, patience_s: float
+) -> dict[str, object]:
+    """`predicted` and, where the device is at hand, `measured`; or `not_predicted`, `not_measured` with the reason."""
+    found: dict[str, object] = {}
+    try:
+        predicted = device.latency(network)
+        found["predicted"] = Figure(predicted.mean_ms, predicted.low_ms, predicted.high_ms, "predicted").to_dict()
+    except (UnavailableCost, UnsupportedLayer) as error:
+        if believed is not None and believed.origin == "predicted":
+            found["predicted"] = believed.to_dict()
+        else:
+            found["not_predicted"] = str(error)
     if device.profile.is_measured_live:
         try:
-            measured = measure({"model": content}, device.profile, patience_s=patience_s)["model"]
-            found["latency_ms"] = {"predicted": predicted.to_dict(), "measured": measured.to_json()}
+            found["measured"] = measure({"model": content}, device.profile, patience_s=patience_s)["model"].to_json()
         except NoisyMachine as error:
             log.warning("not measured: %s", error)
-            found["latency_ms"] = {"predicted": predicted.to_dict(), "not_measured": str(error)}
+            found["not_measured"] = str(error)
     return found
 
 
@@ -189,9 +229,9 @@ def _write(folder: Path, name: str, content: bytes, manifest: dict[str, object])
     staging = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
     try:
         write_bytes(staging / "model.onnx", content)
-        manifest["files"] = {"model.onnx": sha256_of(staging / "model.onnx")}
-        write_json(staging / "manifest.json", manifest)
         write_text(staging / "card.md", card(manifest))
+        manifest["files"] = {name: sha256_of(staging / name) for name in ("model.onnx", "card.md")}
+        write_json(staging / "manifest.json", manifest)
         staging.chmod(0o755)
         if (folder / name).exists():
             shutil.rmtree(folder / name)
@@ -217,8 +257,8 @@ def card(manifest: Mapping[str, object]) -> str:
         "|---|---|",
         f"| test accuracy (onnxruntime, {accuracy['test_images']} images) | {accuracy['test']:.2%} |",
         f"| validation accuracy (held out from the search) | {accuracy['validation']:.2%} |",
-        f"| top-1 agreement of onnxruntime with torch | {parity['top1_agreement']:.2%} of {parity['images']} test images |",
-        f"| largest difference of a logit | {parity['max_abs_difference']:.3g} (largest logit {parity['largest_logit']:.3g}) |",
+        f"| top-1 agreement of onnxruntime with torch | {parity['top1_agreement']:.2%} of the test images |",
+        f"| largest difference of a logit | {parity['max_abs_difference']:.3g} of {parity['largest_logit']:.3g} |",
         f"| multiply-accumulates | {manifest['macs']:,}, {manifest['int8_macs_share']:.1%} of them in int8 |",
         f"| weights, biases and scales | {manifest['model_bytes']:,} bytes (the file: {manifest['file_bytes']:,}) |",
         "",
@@ -244,8 +284,9 @@ def _device_row(name: str, costs: Mapping[str, object]) -> str:
         return f"| {name} | cannot run it: a precision it does not have | | |"
     latency = costs["latency_ms"]
     assert isinstance(latency, dict)
-    shown = f"{latency['predicted']['value']:.4g} predicted"
+    shown = [f"{latency['predicted']['value']:.4g} predicted"] if "predicted" in latency else []
     if "measured" in latency:
-        shown += f", {latency['measured']['latency_ms']:.4g} measured ({costs['runtime']})"
-    sram, flash = costs.get("sram_bytes"), costs.get("flash_bytes")
-    return f"| {name} | {shown} | {sram if sram is not None else ''} | {flash if flash is not None else ''} |"
+        shown.append(f"{latency['measured']['latency_ms']:.4g} measured ({costs['runtime']})")
+    fits = "" if costs.get("fits", True) else " (does not fit)"
+    memory = [f"{costs[key]:,}{fits}" if key in costs else "" for key in ("sram_bytes", "flash_bytes")]
+    return f"| {name} | {', '.join(shown) or 'not known'} | {memory[0]} | {memory[1]} |"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,20 +47,26 @@ def dominated(costs: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
 
     A row is dominated when another is worse beyond the noise nowhere, and better beyond it somewhere, or equal
     within it everywhere: a lead within the noise counts for nothing. Rows are taken best first (by the first
-    objective, then the next), and only a row that stays can dominate, since being equal within the noise is
-    not transitive: a row is not dropped for the sake of one that is itself dropped.
+    objective, then the next). Being equal within the noise is not transitive, so rows that were dropped for the
+    sake of one that is itself dropped get a second chance.
 
     Args:
-        costs: (n, objectives).
+        costs: (n, objectives), finite.
         noise: (objectives,) relative noise of each objective; none without it.
     """
     noise = np.zeros(costs.shape[1]) if noise is None else noise
+    order = [int(i) for i in np.lexsort(costs.T[::-1])]
     kept: list[int] = []
-    for i in np.lexsort(costs.T[::-1]):
-        if any(_beats(costs[k], costs[i], noise, or_equals=True) for k in kept):
-            continue
-        kept = [k for k in kept if not _beats(costs[i], costs[k], noise, or_equals=False)]
-        kept.append(int(i))
+    for i in order:
+        if not any(_beats(costs[k], costs[i], noise, or_equals=True) for k in kept):
+            kept = [k for k in kept if not _beats(costs[i], costs[k], noise, or_equals=False)]
+            kept.append(i)
+    for i in order:
+        if i not in kept and not any(
+            _beats(costs[k], costs[i], noise, or_equals=True) or _beats(costs[i], costs[k], noise, or_equals=True)
+            for k in kept
+        ):
+            kept.append(i)
     out = np.ones(len(costs), dtype=bool)
     out[kept] = False
     return out
@@ -95,7 +101,12 @@ def hypervolume(costs: np.ndarray, reference: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class ParetoFront:
-    """Non-dominated evaluations, with what they were searched for; `others` are kept for pictures only."""
+    """Non-dominated evaluations, with what they were searched for.
+
+    `others` were evaluated too, but are dominated or beyond a limit; they are kept for pictures, and for
+    `nas.remeasure`, where they may turn out to be on the front. `noise` is the relative difference of repeated
+    measurements by objective.
+    """
 
     objectives: tuple[Objective, ...]
     points: tuple[Evaluation, ...]
@@ -103,7 +114,7 @@ class ParetoFront:
     space: str = ""
     supernet_sha256: str = ""
     limits: tuple[Limit, ...] = ()
-    noise: Mapping[str, float] | None = None  # relative repeat-measurement noise, by objective
+    noise: Mapping[str, float] | None = None
 
     @classmethod
     def of(
@@ -121,56 +132,66 @@ class ParetoFront:
         They are sorted by the second objective (usually a latency), or by the only one.
         """
         evaluations = list(evaluations)
-        feasible = [e for e in evaluations if all(limit.violation(e.figures[limit.key]) <= 0 for limit in limits)]
+        feasible = [e for e in evaluations if meets(e, limits)]
         relative = np.array([(noise or {}).get(objective.key, 0.0) for objective in objectives])
         beaten = dominated(costs_of(feasible, objectives), relative)
         kept = [e for e, lost in zip(feasible, beaten, strict=True) if not lost]
         axis = objectives[min(1, len(objectives) - 1)]
         kept.sort(key=lambda e: (e[axis.key], e.id))
         rest = tuple(e for e in evaluations if e not in kept)
-        return cls(tuple(objectives), tuple(kept), rest, space, supernet_sha256, tuple(limits), noise)
+        return cls(tuple(objectives), tuple(kept), rest, space, supernet_sha256, tuple(limits), noise or None)
 
     def __len__(self) -> int:
         return len(self.points)
 
     def filter(self, limits: Iterable[Limit]) -> ParetoFront:
-        """The points that meet all limits."""
+        """The points that meet all limits; may be empty. Raises UnknownFigure for a figure the front does not have."""
         limits = tuple(limits)
         for limit in limits:
             self._known(limit.key)
-        kept = tuple(p for p in self.points if all(limit.violation(p.figures[limit.key]) <= 0 for limit in limits))
-        return ParetoFront(
-            self.objectives, kept, self.others, self.space, self.supernet_sha256, (*self.limits, *limits), self.noise
-        )
+        kept = tuple(point for point in self.points if meets(point, limits))
+        others = (*self.others, *(point for point in self.points if not meets(point, limits)))
+        return replace(self, points=kept, others=others, limits=tuple(dict.fromkeys((*self.limits, *limits))))
 
     def best(self, objective: str, limits: Mapping[str, float] | Iterable[Limit] = ()) -> Evaluation:
         """The point that is best in one objective among those that meet the limits.
 
         Limits may be a mapping from a figure to its bound, in the direction in which the figure is better.
-        Raises Infeasible, with the nearest point, when no point meets them.
+        Raises Infeasible, with the nearest point, when no point meets them, and UnknownFigure for a figure that
+        the front does not have.
         """
         wanted = parse_objective(objective)
         self._known(wanted.key)
         limits = tuple(_bounds(limits))
         kept = self.filter(limits).points
         if not kept:
-            raise Infeasible(self._nearest(limits))
+            raise Infeasible(nearest_message(self.points, limits))
         return min(kept, key=lambda point: (wanted.cost(point[wanted.key]), self._rivals(point, wanted)))
 
     def _rivals(self, point: Evaluation, wanted: Objective) -> tuple[float, ...]:
         return tuple(o.cost(point[o.key]) for o in self.objectives if o.key != wanted.key)
 
     def knee(self) -> Evaluation:
-        """The point farthest from the plane through the extremes, objectives scaled to 0..1 (Das, 1999)."""
+        """The point with the least sum of costs, each scaled to 0..1 over the front.
+
+        With two objectives that is the point farthest from the line through the extremes (I. Das, 1999).
+        Raises Infeasible for an empty front.
+        """
         if not self.points:
-            raise Infeasible("the front has no point")
+            raise Infeasible(nearest_message((), ()))
         costs = costs_of(self.points, self.objectives)
         span = costs.max(axis=0) - costs.min(axis=0)
         scaled = (costs - costs.min(axis=0)) / np.where(span > 0, span, 1.0)
         return self.points[int(scaled.sum(axis=1).argmin())]
 
     def hypervolume(self, reference: Mapping[str, float]) -> float:
-        """Volume dominated by the front up to a reference value for each objective."""
+        """Volume dominated by the front up to a reference value for each objective, by its key.
+
+        Raises UnknownFigure when the reference lacks an objective.
+        """
+        missing = [objective.key for objective in self.objectives if objective.key not in reference]
+        if missing:
+            raise UnknownFigure(f"the reference lacks {', '.join(missing)}; give a value for every objective")
         corner = np.array([objective.cost(reference[objective.key]) for objective in self.objectives])
         return hypervolume(costs_of(self.points, self.objectives), corner)
 
@@ -205,11 +226,6 @@ class ParetoFront:
         if self.points and key not in known:
             raise UnknownFigure(f"the front has no {key}; it has {', '.join(sorted(known))}")
 
-    def _nearest(self, limits: Sequence[Limit]) -> str:
-        if not self.points:
-            return "the front has no point"
-        return nearest_message(self.points, limits)
-
     # files -----------------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
@@ -226,33 +242,56 @@ class ParetoFront:
             limits = tuple(_limit_from(text) for text in content["limits"])  # type: ignore[attr-defined]
             points = tuple(_from_dict(point) for point in content["points"])  # type: ignore[attr-defined]
             others = tuple(_from_dict(point) for point in content["others"])  # type: ignore[attr-defined]
-        except (KeyError, TypeError) as error:
+            noise = {str(key): float(value) for key, value in content["noise"].items()}  # type: ignore[attr-defined]
+            space, sha256 = str(content["space"]), str(content["supernet_sha256"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not a complete front ({error!r}); run the search again") from None
         return cls(
             tuple(objectives),
             points,
             others,
-            str(content["space"]),
-            str(content["supernet_sha256"]),
+            space,
+            sha256,
             limits,
-            dict(content["noise"]),  # type: ignore[call-overload]
+            noise or None,
         )
 
 
+def meets(evaluation: Evaluation, limits: Iterable[Limit]) -> bool:
+    """Whether an evaluation is within all limits."""
+    return all(limit.violation(evaluation.figures[limit.key]) <= 0 for limit in limits)
+
+
 def nearest_message(evaluations: Sequence[Evaluation], limits: Sequence[Limit]) -> str:
-    """Which limits bind, and what the architecture that violates them least reaches."""
+    """Which limits bind, and what the architecture that violates them least reaches.
 
-    def total(evaluation: Evaluation) -> float:
-        return sum(max(0.0, limit.violation(evaluation.figures[limit.key])) for limit in limits)
+    Evaluations may lack a figure that was not worth finding out; those that have all of them are preferred.
+    """
+    if not evaluations:
+        return "the front has no point; search again with other limits"
 
-    nearest = min(evaluations, key=total)
-    broken = [limit for limit in limits if limit.violation(nearest.figures[limit.key]) > 0]
-    reached = ", ".join(f"{limit.key}={nearest[limit.key]:g}" for limit in limits)
+    def known(evaluation: Evaluation) -> list[Limit]:
+        return [limit for limit in limits if limit.key in evaluation.figures]
+
+    def rank(evaluation: Evaluation) -> tuple[int, float]:
+        judged = known(evaluation)
+        return -len(judged), sum(max(0.0, limit.violation(evaluation.figures[limit.key])) for limit in judged)
+
+    nearest = min(evaluations, key=rank)
+    judged = known(nearest)
+    broken = [limit for limit in judged if limit.violation(nearest.figures[limit.key]) > 0]
+    reached = ", ".join(dict.fromkeys(f"{limit.key}={_shown(limit, nearest)}" for limit in judged))
     return (
-        f"no architecture meets {', '.join(map(str, limits))}; "
-        f"{', '.join(map(str, broken)) or 'together they'} cannot be met. "
+        f"no architecture found meets {', '.join(map(str, limits))}; what binds is {', '.join(map(str, broken))}. "
         f"The nearest reachable point is {nearest.id}: {reached}"
     )
+
+
+def _shown(limit: Limit, evaluation: Evaluation) -> str:
+    """The value in full where a limit holds for the end of its interval."""
+    figure = evaluation.figures[limit.key]
+    end = figure.high if limit.operator == "<=" else figure.low
+    return f"{figure.value:.6g}" + (f" (up to {end:.6g})" if limit.confidence and end is not None else "")
 
 
 def _bounds(limits: Mapping[str, float] | Iterable[Limit]) -> Iterable[Limit]:
@@ -302,4 +341,4 @@ def _from_dict(point: Mapping[str, object]) -> Evaluation:
 
 def _limit_from(text: str) -> Limit:
     bare, _, confidence = text.partition(" at ")
-    return parse_limit(bare, float(confidence.rstrip("%")) / 100 if confidence else None)
+    return replace(parse_limit(bare), confidence=float(confidence.rstrip("%")) / 100 if confidence else None)

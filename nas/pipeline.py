@@ -12,18 +12,19 @@ from typing import Any
 import yaml
 
 from hardware_profiles import load_device
+from nas.checkpoints import load_checkpoint
 from nas.config import BadExperiment, DeviceSettings, Experiment, read_experiment
-from nas.costs import Limit, ProfiledDevice, check_devices, parse_limit, parse_objective
+from nas.costs import Item, ProfiledDevice, UnknownFigure, parse_objective
 from nas.data import Data, load_data
-from nas.export import export
-from nas.files import read_json, write_json, write_text
+from nas.export import export, export_key
+from nas.files import read_json, sha256_of, write_json, write_text
 from nas.front import Evaluation, ParetoFront
 from nas.profile import check_predictor, profile
 from nas.remeasure import remeasure
-from nas.search import Evaluator, search, storage_url, study_name
+from nas.search import Costs, Evaluator, devices_of, search, storage_url, study_name
+from nas.stages import stage
 from nas.supernet import Supernet
 from nas.train import check_fit, load_weights, train
-from nas.checkpoints import load_checkpoint
 from nas.versions import versions
 from predictors import LatencyPredictor
 from search_spaces import SearchSpace, build_space
@@ -44,7 +45,7 @@ class Run:
     def create(cls, folder: Path, experiment: Experiment) -> Run:
         """Start or continue a run; raises BadExperiment when the directory belongs to another experiment.
 
-        Everything the experiment names is checked before anything is written.
+        Everything the experiment names is checked before anything is written; see `check`.
         """
         run = cls(folder, experiment)
         run.check()
@@ -59,9 +60,12 @@ class Run:
                 )
         elif folder.exists() and any(folder.iterdir()):
             raise BadExperiment(f"{folder} is not empty and holds no experiment.yaml; use another --out")
-        content = experiment.to_dict() | {"versions": versions()}
-        write_text(path, yaml.safe_dump(content, sort_keys=False))
+        run._write()
         return run
+
+    def _write(self) -> None:
+        content = self.experiment.to_dict() | {"versions": versions()}
+        write_text(self.folder / "experiment.yaml", yaml.safe_dump(content, sort_keys=False))
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -72,16 +76,23 @@ class Run:
         return cls(folder, read_experiment(path))
 
     def check(self) -> None:
-        """Load what the experiment names (data, space, devices, figures), so that a mistake shows before any work."""
-        profiled = {device.name: ProfiledDevice(device) for device in map(load_device, self._device_names())}
-        plan = self.experiment.search
-        keys = [parse_objective(text).key for text in plan.objectives]
-        keys += [parse_limit(text).key for text in (*plan.limits, *self.experiment.export.limits)]
-        check_devices(keys, profiled)
-        check_fit(self.space, self.data)
+        """Load what the experiment names (data, space, devices, figures), so that a mistake shows before any work.
 
-    def _device_names(self) -> list[str]:
-        return [device.name for device in self.experiment.devices]
+        Raises ValueError or LookupError for what is wrong, and Infeasible for limits that can be judged without
+        training or measuring and that no architecture found meets.
+        """
+        plan, export_plan = self.experiment.search, self.experiment.export
+        objectives, limits = plan.parsed_objectives, plan.parsed_limits
+        profiled = [ProfiledDevice(load_device(device.name)) for device in self.experiment.devices]
+        devices = devices_of([*objectives, *limits], profiled)
+        check_fit(self.space, self.data)
+        costs = Costs(self.space, objectives, limits, devices)
+        asked: list[Item] = [parse_objective(export_plan.best), *export_plan.parsed_limits]
+        unknown = next((item.key for item in asked if item.key not in costs.keys), None)
+        if unknown:
+            raise UnknownFigure(f"export: the front will have no {unknown}; it has {', '.join(costs.keys)}")
+        if costs.limits and all(device.has_latency for device in devices.values()):
+            costs.feasible_architecture(self.experiment.seed)
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -95,8 +106,14 @@ class Run:
     def data(self) -> Data:
         options = asdict(self.experiment.data)
         if options["side"] is None:
-            options["side"] = max(self.experiment.space.get("resolutions", [0]), default=0) or None
+            options["side"] = self._largest_resolution()
         return load_data(options.pop("path"), seed=self.experiment.seed, **options)
+
+    def _largest_resolution(self) -> int | None:
+        """The side to read the images of a folder at; settings that make no sense are left for the space to refuse."""
+        given = self.experiment.space.get("resolutions")
+        sides = [side for side in given if isinstance(side, int)] if isinstance(given, list) else []
+        return max(sides, default=None)
 
     @cached_property
     def supernet(self) -> Supernet:
@@ -116,8 +133,19 @@ class Run:
 
     def train(self) -> dict[str, float]:
         supernet = Supernet(self.space, seed=self.experiment.seed)
-        settings = self.experiment.train
-        return train(supernet, self.data, seed=self.experiment.seed, folder=self.folder, settings=settings)
+        settings, seed = self.experiment.train, self.experiment.seed
+        with stage(self.folder, "train"):
+            return train(supernet, self.data, seed=seed, folder=self.folder, settings=settings)
+
+    def profile(self, settings: DeviceSettings) -> tuple[Run, ProfiledDevice]:
+        """Profile a device; returns the run with the device in its experiment, and the device."""
+        device = self.device(settings)
+        if settings in self.experiment.devices:
+            return self, device
+        others = [held for held in self.experiment.devices if load_device(held.name).name != device.name]
+        run = Run(self.folder, replace(self.experiment, devices=(*others, settings)))
+        run._write()
+        return run, device
 
     def device(self, settings: DeviceSettings) -> ProfiledDevice:
         """A device, profiled now unless the run has its predictor for this space."""
@@ -126,20 +154,21 @@ class Run:
             return ProfiledDevice(described)
         path, about = self._predictor_paths(described.name)
         wanted = {"space": self.space.name, "samples": settings.samples, "seed": self.experiment.seed}
-        if path.exists() and about.exists() and read_json(about) == wanted:
+        if path.exists() and about.exists() and read_json(about) == wanted | {"sha256": sha256_of(path)}:
             return ProfiledDevice(described, LatencyPredictor.load(path))
         log.info("profiling %s: measuring %d subnets", described.name, settings.samples)
-        profiled = profile(
-            self.space,
-            described,
-            samples=settings.samples,
-            seed=self.experiment.seed,
-            patience_s=self.experiment.patience_s,
-        )
+        with stage(self.folder, "profile"):
+            profiled = profile(
+                self.space,
+                described,
+                samples=settings.samples,
+                seed=self.experiment.seed,
+                patience_s=self.experiment.patience_s,
+            )
         assert profiled.predictor is not None
         path.parent.mkdir(parents=True, exist_ok=True)
         profiled.predictor.save(path)
-        write_json(about, wanted)
+        write_json(about, wanted | {"sha256": sha256_of(path)})
         return profiled
 
     def _predictor_paths(self, name: str) -> tuple[Path, Path]:
@@ -154,27 +183,28 @@ class Run:
     def search(self, storage: str | None = None) -> ParetoFront:
         """Search, then re-measure the front; both kept in front.json, which is reused while nothing changed."""
         plan = self.experiment.search
-        objectives = [parse_objective(text) for text in plan.objectives]
-        limits = [parse_limit(text, plan.confidence) for text in plan.limits]
+        objectives, limits = plan.parsed_objectives, plan.parsed_limits
         key = study_name(self.evaluator, objectives, limits, self.devices, plan.settings, self.experiment.seed)
         key += f"-{plan.trials}"
         path, about = self.folder / "front.json", self.folder / "front.for.json"
-        if path.exists() and about.exists() and read_json(about) == {"search": key}:
+        if path.exists() and about.exists() and read_json(about) == {"search": key, "sha256": sha256_of(path)}:
             return ParetoFront.load(path)
-        found = search(
-            self.supernet,
-            self.data,
-            objectives,
-            limits,
-            devices=self.devices,
-            seed=self.experiment.seed,
-            storage=storage or storage_url(self.folder),
-            settings=plan.settings,
-            evaluator=self.evaluator,
-        )
-        front = remeasure(found, self.evaluator, self.devices, patience_s=self.experiment.patience_s)
+        with stage(self.folder, "search"):
+            found = search(
+                self.supernet,
+                self.data,
+                objectives,
+                limits,
+                devices=self.devices,
+                seed=self.experiment.seed,
+                storage=storage or storage_url(self.folder),
+                settings=plan.settings,
+                evaluator=self.evaluator,
+            )
+        with stage(self.folder, "measure"):
+            front = remeasure(found, self.evaluator, self.devices, patience_s=self.experiment.patience_s)
         front.save(path)
-        write_json(about, {"search": key})
+        write_json(about, {"search": key, "sha256": sha256_of(path)})
         return front
 
     def check_predictors(self) -> dict[str, Any]:
@@ -187,9 +217,10 @@ class Run:
             if path.exists() and read_json(path).get("predictor") == device.key:
                 found[name] = read_json(path)["check"]
                 continue
-            checked = check_predictor(
-                self.space, device, seed=self.experiment.seed + 1, patience_s=self.experiment.patience_s
-            )
+            with stage(self.folder, "check"):
+                checked = check_predictor(
+                    self.space, device, seed=self.experiment.seed + 1, patience_s=self.experiment.patience_s
+                )
             write_json(path, {"predictor": device.key, "check": asdict(checked)})
             found[name] = asdict(checked)
         return found
@@ -205,25 +236,27 @@ class Run:
     def chosen(self, front: ParetoFront) -> Evaluation:
         """The point that the experiment exports."""
         plan = self.experiment.export
-        return front.best(plan.best, [parse_limit(text) for text in plan.limits])
+        return front.best(plan.best, plan.parsed_limits)
 
     def export(self, point: Evaluation, folder: Path | None = None) -> tuple[Path, dict[str, Any]]:
-        """(folder, manifest) of an exported point; what is there for this very supernet is kept."""
+        """(folder, manifest) of an exported point; an export of the same weights, data and devices is kept."""
         target = folder or self.folder / "exports"
         manifest = target / point.id / "manifest.json"
         if manifest.exists():
             held = read_json(manifest)
-            if held["supernet_sha256"] == self.evaluator.supernet_sha256 and held["architecture"] == point.architecture:
+            architecture = self.space.parse(point.architecture)
+            if held.get("key") == export_key(self.evaluator, architecture, self.devices.values()):
                 return manifest.parent, held
-        made = export(
-            self.supernet,
-            point,
-            self.data,
-            target,
-            devices=self.devices,
-            evaluator=self.evaluator,
-            patience_s=self.experiment.patience_s,
-        )
+        with stage(self.folder, "export"):
+            made = export(
+                self.supernet,
+                point,
+                self.data,
+                target,
+                devices=self.devices,
+                evaluator=self.evaluator,
+                patience_s=self.experiment.patience_s,
+            )
         return target / point.id, made
 
 
@@ -237,7 +270,3 @@ def with_search(run: Run, limits: Sequence[str], confidence: float | None, trial
         trials=trials or plan.trials,
     )
     return Run(run.folder, replace(run.experiment, search=changed))
-
-
-def parse_limits(texts: Sequence[str], confidence: float | None = None) -> list[Limit]:
-    return [parse_limit(text, confidence) for text in texts]

@@ -31,8 +31,20 @@ def _label(objective: Objective, origins: set[str]) -> str:
     return LABELS[objective.name] + device + origin
 
 
+def _bars(points: tuple[Evaluation, ...], objective: Objective) -> list[list[float]]:
+    """Lengths of the error bars below and above; none where the error is not known."""
+    figures = [point.figures[objective.key] for point in points]
+    return [
+        [0.0 if f.low is None else _shown(objective, f.value - f.low) for f in figures],
+        [0.0 if f.high is None else _shown(objective, f.high - f.value) for f in figures],
+    ]
+
+
 def plot_front(front: ParetoFront, path: Path) -> None:
-    """The first objective over the second; a third is the colour. Dominated points are pale, limits are lines."""
+    """The first objective over the second; a third is the colour. Dominated points are pale, limits are lines.
+
+    The format is that of the suffix, which may be any that matplotlib knows; raises ValueError for another.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -46,26 +58,29 @@ def plot_front(front: ParetoFront, path: Path) -> None:
     def series(evaluations: tuple[Evaluation, ...], objective: Objective) -> list[float]:
         return [_shown(objective, e[objective.key]) for e in evaluations]
 
-    others = tuple(e for e in front.others if all(abs(e[o.key]) < float("inf") for o in (vertical, horizontal)))
-    axes.scatter(series(others, horizontal), series(others, vertical), s=14, color="0.8", label="dominated", zorder=1)
+    others = front.others
+    if others:
+        x, y = series(others, horizontal), series(others, vertical)
+        axes.scatter(x, y, s=14, color="0.8", label="not on the front", zorder=1)
     points = front.points
     x, y = series(points, horizontal), series(points, vertical)
-    errors = [
-        [_shown(horizontal, p[horizontal.key] - p.figures[horizontal.key].low) for p in points],
-        [_shown(horizontal, p.figures[horizontal.key].high - p[horizontal.key]) for p in points],
-    ]
-    axes.errorbar(x, y, xerr=errors, fmt="none", ecolor="0.5", elinewidth=0.8, zorder=2)
+    axes.errorbar(x, y, xerr=_bars(points, horizontal), fmt="none", ecolor="0.5", elinewidth=0.8, zorder=2)
     if len(front.objectives) > 2:
         third = front.objectives[2]
         colours = series(points, third)
-        drawn = axes.scatter(x, y, c=colours, s=42, cmap="viridis", edgecolor="black", linewidth=0.5, label="front", zorder=3)
+        drawn = axes.scatter(
+            x, y, c=colours, s=42, cmap="viridis", edgecolor="black", linewidth=0.5, label="front", zorder=3
+        )
         figure.colorbar(drawn, ax=axes, label=_label(third, {p.figures[third.key].origin for p in points}))
     else:
         axes.plot(x, y, "o-", color="tab:blue", markersize=6, label="front", zorder=3)
     for limit in front.limits:
-        for objective, draw in ((horizontal, axes.axvline), (vertical, axes.axhline)):
-            if limit.key == objective.key:
-                draw(_shown(objective, limit.value), color="tab:red", linestyle="--", linewidth=1, label=str(limit))
+        if limit.key == horizontal.key:
+            axes.axvline(_shown(horizontal, limit.value), color="tab:red", linestyle="--", label=str(limit))
+        elif limit.key == vertical.key:
+            axes.axhline(_shown(vertical, limit.value), color="tab:red", linestyle="--", label=str(limit))
+        else:  # on neither axis
+            axes.plot([], [], color="none", label=str(limit))
     axes.set_xlabel(_label(horizontal, {p.figures[horizontal.key].origin for p in points}))
     axes.set_ylabel(_label(vertical, set()))
     axes.set_title(f"{len(points)} non-dominated subnets of {len(points) + len(front.others)}")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from hardware_profiles import DeviceProfile
 from hardware_profiles.host_cpu import measure_models
@@ -18,11 +15,10 @@ from hardware_profiles.machine import int8_weight_limit
 from hardware_profiles.measurement import Measurement, repeat_noise
 from hardware_profiles.onnx_writer import random_ranges, random_weights, write_onnx
 from nas.costs import ProfiledDevice
+from nas.progress import progress_bar
 from nas.sampling import sample_spread
 from predictors import LatencyPredictor
 from search_spaces import Architecture, Network, SearchSpace
-
-log = logging.getLogger(__name__)
 
 FEWEST_SAMPLES = 60
 
@@ -55,7 +51,9 @@ def profile(
     if not device.is_measured_live:
         return ProfiledDevice(device)
     if samples < FEWEST_SAMPLES:
-        raise ValueError(f"{samples} samples are too few to fit and judge a predictor; expected {FEWEST_SAMPLES} or more")
+        raise ValueError(
+            f"{samples} samples are too few to fit and judge a predictor; expected {FEWEST_SAMPLES} or more"
+        )
     architectures = [*_extremes(space, device), *sample_spread(space, samples, np.random.default_rng([seed, 8]))]
     architectures = list(dict.fromkeys(architectures))
     measured = measure_untrained(space, architectures, device, seed=seed, patience_s=patience_s)
@@ -74,6 +72,7 @@ def profile(
             "date": first.date,
             "anchor_ms": first.anchor_ms,
             "networks": len(networks),
+            "architectures": list(measured),
         },
     )
     return ProfiledDevice(device, predictor)
@@ -107,7 +106,7 @@ def measure_untrained(
 
 def measure(models: Mapping[str, bytes], device: DeviceProfile, *, patience_s: float = 180.0) -> dict[str, Measurement]:
     """Measure ONNX models on this machine in a process of their own, with a progress bar."""
-    with tqdm(desc=f"measure on {device.name}", unit="round", file=sys.stderr) as bar:
+    with progress_bar(desc=f"measure on {device.name}", unit="round") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -142,11 +141,21 @@ def check_predictor(
 
     `macs_only_median_error` is that of the best line through the MACs of these very measurements (an
     optimistic baseline); `repeat_noise` the median relative difference of the two measurements.
+
+    Raises ValueError for a device without a predictor, or a space too small to hold subnets it never saw.
     """
     from scipy.stats import spearmanr
 
-    assert device.predictor is not None
-    architectures = sample_spread(space, samples, np.random.default_rng([seed, 9]))
+    if device.predictor is None:
+        raise ValueError(f"{device.name} has no predictor to check; fit one with nas.profile(space, device)")
+    seen = set(device.predictor.provenance.get("architectures", ()))
+    spread = sample_spread(space, samples + len(seen), np.random.default_rng([seed, 9]))
+    fresh = [architecture for architecture in spread if architecture.id not in seen]
+    architectures = [fresh[int(i)] for i in np.unique(np.linspace(0, len(fresh) - 1, samples).round())] if fresh else []
+    if len(architectures) < 3:
+        raise ValueError(
+            f"the space holds {len(fresh)} subnets that the predictor of {device.name} never saw; expected 3"
+        )
     networks = [space.lower(a) for a in architectures]
     first, second = (
         measure_untrained(space, architectures, device.profile, seed=seed, patience_s=patience_s) for _ in range(2)
@@ -157,7 +166,7 @@ def check_predictor(
     columns = np.stack([macs, np.ones_like(macs)], axis=1) / measured[:, None]
     line = np.linalg.lstsq(columns, np.ones_like(macs), rcond=None)[0]
     errors = np.abs(predicted / measured - 1)
-    rows = tuple(
+    rows: tuple[dict[str, float | str], ...] = tuple(
         {
             "id": a.id,
             "macs": n.macs,

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from tqdm import tqdm
 
 from hardware_profiles.onnx_writer import write_onnx
-from nas.costs import Figure, ProfiledDevice
-from nas.front import Evaluation, ParetoFront, costs_of, dominated
+from nas.costs import Figure, Infeasible, Item, ProfiledDevice
+from nas.front import Evaluation, ParetoFront, costs_of, dominated, nearest_message
 from nas.profile import measure
+from nas.progress import progress_bar
 from nas.search import Evaluator
 
 log = logging.getLogger(__name__)
@@ -34,21 +34,21 @@ def remeasure(
     behind the front may turn out to be on it. They are exported as they would be deployed and measured in two
     later processes; what two measurements of one model differ by (90 % quantile) is the noise, and a lead
     within it counts for nothing.
+
+    Raises Infeasible when no candidate meets the limits once it was measured, and
+    hardware_profiles.host_cpu.NoisyMachine when the machine stays slow.
     """
     chosen = _layers([*front.points, *front.others], front, candidates)
-    live = [
-        device
-        for device in devices.values()
-        if device.profile.is_measured_live
-        and any(item.key == f"latency_ms@{device.name}" for item in (*front.objectives, *front.limits))
-    ]
+    items: list[Item] = [*front.objectives, *front.limits]
+    asked = {item.key for item in items}
+    live = [d for d in devices.values() if d.profile.is_measured_live and f"latency_ms@{d.name}" in asked]
     figures: dict[str, dict[str, Figure]] = {e.id: dict(e.figures) for e in chosen}
     models: dict[str, bytes] = {}
-    for evaluation in tqdm(chosen, desc="front", unit="arch"):
+    for evaluation in progress_bar(chosen, desc="front", unit="arch"):
         architecture = evaluator.supernet.space.parse(evaluation.architecture)
         if "accuracy" in evaluation.figures:
-            held_out = Figure.exact(evaluator.accuracy(architecture, "val_front"))
-            figures[evaluation.id]["accuracy"] = replace(held_out, origin="measured")
+            share = evaluator.accuracy(architecture, "val_front")
+            figures[evaluation.id]["accuracy"] = Figure.share(share, len(evaluator.data["val_front"]))
         if live:
             deployed = evaluator.deploy(architecture)
             model = write_onnx(
@@ -65,7 +65,8 @@ def remeasure(
         for id_, latency_ms in latencies.items():
             slack = latency_ms * noise[key]
             figures[id_][key] = Figure(latency_ms, latency_ms - slack, latency_ms + slack, "measured")
-        log.info("two measurements of one model on %s differ by up to %.1f %% (90 %% of them)", device.name, 100 * noise[key])
+        percent = 100 * noise[key]
+        log.info("two measurements of one model on %s differ by up to %.1f %% (90 %% of them)", device.name, percent)
     again = [replace(e, figures=figures[e.id], predicted=_changed(e, figures[e.id])) for e in chosen]
     fresh = ParetoFront.of(
         again,
@@ -75,13 +76,17 @@ def remeasure(
         space=front.space,
         supernet_sha256=front.supernet_sha256,
     )
+    if not fresh.points:
+        raise Infeasible(f"once measured, {nearest_message(again, front.limits)}")
     seen = {e.id for e in again}
-    return replace(fresh, others=(*fresh.others, *(e for e in front.others if e.id not in seen)))
+    rest = (e for e in (*front.points, *front.others) if e.id not in seen)
+    return replace(fresh, others=(*fresh.others, *rest))
 
 
 def _layers(evaluations: Sequence[Evaluation], front: ParetoFront, count: int) -> list[Evaluation]:
     """Whole non-dominated layers, best first, until `count` is reached; the last one thinned evenly."""
-    left, chosen = list(evaluations), []
+    left = list(evaluations)
+    chosen: list[Evaluation] = []
     while left and len(chosen) < count:
         beaten = dominated(costs_of(left, front.objectives))
         layer = [e for e, lost in zip(left, beaten, strict=True) if not lost]

@@ -14,8 +14,9 @@ def sample_spread(space: SearchSpace, count: int, rng: np.random.Generator) -> l
     draws a size first and its choices around it, and a share of quantized layers, 0 and 1 included.
     """
     pool = dict.fromkeys(_sized(space, rng) for _ in range(6 * count))
-    ranked = sorted(pool, key=lambda a: (space.lower(a).macs, a.codes))
-    log_macs = np.log([space.lower(a).macs for a in ranked])
+    macs = {architecture: space.lower(architecture).macs for architecture in pool}
+    ranked = sorted(pool, key=macs.__getitem__)  # equals stay as drawn: by code, fp32 would come before int8
+    log_macs = np.log([macs[architecture] for architecture in ranked])
     wanted = np.linspace(log_macs[0], log_macs[-1], count)
     chosen: dict[Architecture, None] = {}
     for target in wanted:

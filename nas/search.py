@@ -10,31 +10,41 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import optuna
 import torch
-from optuna.trial import TrialState
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
-from tqdm import tqdm
+from sqlalchemy.exc import SQLAlchemyError
 
 from hardware_profiles.machine import int8_weight_limit
 from nas.costs import (
+    ALWAYS,
     Figure,
     Figures,
     Infeasible,
+    Item,
     Limit,
     Objective,
     ProfiledDevice,
+    UnknownFigure,
     cheap_figures,
     check_devices,
+    check_objectives,
 )
 from nas.data import Data
 from nas.evaluate import accuracy, calibration_images, recalibrate
 from nas.front import Evaluation, ParetoFront, nearest_message
+from nas.progress import progress_bar
 from nas.quantize import Quantized, quantize
 from nas.sampling import sample_spread
 from nas.strategies import nested_set
@@ -44,15 +54,24 @@ from search_spaces.space import Value
 
 log = logging.getLogger(__name__)
 
-ALWAYS = ("macs", "params", "model_bytes", "int8_macs_share")  # exact and free, so every evaluation has them
+WEIGHTED = ("conv2d", "linear")
+NESTED = 8  # architectures of the nested family that every search starts from, in each precision
+DESCENTS = 3  # architectures from which a way down to the limits is looked for
+JOURNAL = "journal://"
+
+
+class _Nsga2(optuna.samplers.NSGAIISampler):
+    """NSGA-II with parents in the order of their trials, whether they were just selected or read back."""
+
+    def get_parent_population(self, study: Study, generation: int) -> list[FrozenTrial]:
+        return sorted(super().get_parent_population(study, generation), key=lambda trial: trial.number)
+
+
 SAMPLERS: Mapping[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
-    "nsga2": lambda seed, population: optuna.samplers.NSGAIISampler(seed=seed, population_size=population),
+    "nsga2": lambda seed, population: _Nsga2(seed=seed, population_size=population),
     "tpe": lambda seed, population: optuna.samplers.TPESampler(seed=seed, n_startup_trials=population),
     "random": lambda seed, population: optuna.samplers.RandomSampler(seed=seed),
 }
-WEIGHTED = ("conv2d", "linear")
-NESTED = 8  # architectures of the nested family that every search starts from, in each precision
-STALE = 50  # duplicates in a row after which a small space counts as used up
 
 
 @dataclass(frozen=True)
@@ -65,9 +84,9 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise ValueError(f"search.sampler = {self.sampler!r}; expected one of {', '.join(SAMPLERS)}")
+            raise ValueError(f"sampler = {self.sampler!r}; expected one of {', '.join(SAMPLERS)}")
         if self.trials < 2 or self.population < 2:
-            raise ValueError("search.trials and search.population must be at least 2")
+            raise ValueError(f"{self.trials} trials and a population of {self.population}; expected at least 2 of each")
 
 
 class Evaluator:
@@ -107,10 +126,11 @@ def study_name(
     seed: int,
 ) -> str:
     """Names what the values depend on, so that a search of other weights, data or limits is another study."""
-    named = {item.device for item in (*objectives, *limits)}
+    items: list[Item] = [*objectives, *limits]
+    named = {item.device for item in items}
     parts = {
         "evaluator": evaluator.key,
-        "objectives": [objective.key for objective in objectives],
+        "objectives": [(objective.key, objective.direction) for objective in objectives],
         "limits": [str(limit) for limit in limits],
         "devices": {name: device.key for name, device in devices.items() if name in named},
         "sampler": [settings.sampler, settings.population, seed],
@@ -118,26 +138,51 @@ def study_name(
     return "search-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def open_study(
-    storage: str | None, name: str, objectives: Sequence[Objective], settings: SearchSettings, seed: int
-) -> optuna.Study:
-    """The study of this name in a storage (any Optuna URL; None is memory), made where it does not exist."""
-    backend = None
-    if storage is not None:
-        backend = optuna.storages.RDBStorage(storage)
-        if storage.startswith("sqlite"):
-            # one fsync a suggested choice makes SQLite 20 times slower; a write-ahead log survives a killed process
-            event.listen(backend.engine, "connect", _write_ahead)
-            backend.engine.dispose()
-    study = optuna.create_study(
-        storage=backend,
-        study_name=name,
-        directions=[objective.direction for objective in objectives],
-        load_if_exists=True,
-    )
-    # a search that goes on must not draw again what it drew at first
-    study.sampler = SAMPLERS[settings.sampler](seed + len(study.get_trials(deepcopy=False)), settings.population)
-    return study
+def storage_url(folder: Path) -> str:
+    """SQLite in a run directory."""
+    return f"sqlite:///{folder / 'study.db'}"
+
+
+Storage = str | optuna.storages.BaseStorage | None
+
+
+@contextmanager
+def open_study(storage: Storage, name: str, objectives: Sequence[Objective]) -> Iterator[optuna.Study]:
+    """The study of this name in a storage, made where it does not exist; database connections are closed at the end.
+
+    Args:
+        storage: any database URL that Optuna takes, `journal://FILE` for its append-only file, a storage object,
+            or None for memory.
+
+    Raises ValueError for a storage that cannot be opened.
+    """
+    database = None
+    try:
+        if isinstance(storage, str) and storage.startswith(JOURNAL):
+            storage = optuna.storages.JournalStorage(JournalFileBackend(storage.removeprefix(JOURNAL)))
+        elif isinstance(storage, str):
+            storage = database = optuna.storages.RDBStorage(storage)
+            if database.engine.name == "sqlite":
+                # one fsync a suggested choice makes SQLite 20 times slower; a write-ahead log survives a killed process
+                event.listen(database.engine, "connect", _write_ahead)
+                database.engine.dispose()
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=[objective.direction for objective in objectives],
+            load_if_exists=True,
+        )
+    except (SQLAlchemyError, ImportError, OSError) as error:
+        raise ValueError(
+            f"cannot open the study storage: {str(error).splitlines()[0]}; "
+            f"expected a database URL such as sqlite:///study.db, or {JOURNAL}FILE"
+        ) from None
+    try:
+        yield study
+    finally:
+        if database is not None:
+            database.remove_session()
+            database.engine.dispose()
 
 
 def _write_ahead(connection: object, record: object) -> None:
@@ -155,63 +200,91 @@ def search(
     *,
     devices: Mapping[str, ProfiledDevice] | Iterable[ProfiledDevice] = (),
     seed: int = 0,
-    storage: str | None = None,
+    storage: Storage = None,
     settings: SearchSettings | None = None,
     evaluator: Evaluator | None = None,
     **options: object,
 ) -> ParetoFront:
     """Search the space of a supernet; returns the front of what was evaluated, by val_search and predictions.
 
+    A device that an objective or a limit names must be able to run an architecture: it must have every layer's
+    precision, and its own SRAM and flash, where its profile states them, are limits like those that are given.
+
     Args:
         supernet: trained.
         data: accuracy is that on its val_search split.
         objectives: one to three, such as `nas.maximize("accuracy")`, `nas.minimize("latency_ms", cpu)`.
         limits: hard; an architecture beyond one is not run when that can be seen before.
-        devices: the profiled devices that objectives and limits name.
-        seed: of the sampler and of the architectures it starts from.
-        storage: any Optuna storage URL; a search found there goes on. None keeps the study in memory.
-        settings: how; or give fields of `SearchSettings` as keywords.
+        devices: the profiled devices that objectives and limits name by a text; those given to
+            `nas.minimize` and its like as devices need not be repeated.
+        seed: of the sampler and of the architectures it starts from. A search that was interrupted and goes on
+            in its storage ends like one that was not.
+        storage: a database URL of Optuna, `journal://FILE`, or a storage object; a search found there goes on.
+            None keeps the study in memory. One process at a time may search in a study.
+        settings: how; or give fields of `SearchSettings` as keywords, such as `trials=200`.
 
-    Raises Infeasible when no architecture found meets the limits, UnknownFigure for a device not profiled.
+    Raises Infeasible when no architecture found meets the limits, UnknownFigure for a figure that a device does
+    not have, ValueError for objectives, settings or a storage that cannot be used.
     """
+    if settings is not None and options:
+        raise ValueError(f"give either settings or {', '.join(options)}, not both")
     settings = settings or SearchSettings(**options)  # type: ignore[arg-type]
-    devices = devices if isinstance(devices, Mapping) else {device.name: device for device in devices}
-    if not 1 <= len(objectives) <= 3:
-        raise ValueError(f"{len(objectives)} objectives; expected one to three")
-    if len({objective.key for objective in objectives}) != len(objectives):
-        raise ValueError("an objective is given twice")
-    check_devices([item.key for item in (*objectives, *limits)], devices)
-    run = _Search(evaluator or Evaluator(supernet, data), objectives, limits, devices, settings, seed)
-    run.check_limits()
-    return run.run(storage)
+    items: list[Item] = [*objectives, *limits]
+    named = devices_of(items, devices)
+    check_objectives(objectives)
+    for item in items:
+        if item.name == "latency_ms" and not named[str(item.device)].has_latency:
+            raise UnknownFigure(f"{item.key}: the device is not profiled yet; use nas.profile(space, device)")
+    evaluator = evaluator or Evaluator(supernet, data)
+    costs = Costs(supernet.space, objectives, limits, named)
+    return _Search(evaluator, costs, settings, seed).run(storage, limits)
 
 
-class _Search:
-    """One search: the study, and what was already evaluated."""
+def devices_of(
+    items: Sequence[Item], devices: Mapping[str, ProfiledDevice] | Iterable[ProfiledDevice]
+) -> dict[str, ProfiledDevice]:
+    """The devices that objectives and limits name, by name: those that they carry, and those among `devices`.
+
+    Raises UnknownFigure for a figure that its device does not have, ValueError for two devices of one name.
+    """
+    known = {device.name: device for device in (devices.values() if isinstance(devices, Mapping) else devices)}
+    for item in items:
+        if item.profiled is not None:
+            held = known.setdefault(item.profiled.name, item.profiled)
+            if held.key != item.profiled.key:
+                raise ValueError(f"{item.key}: two different devices are called {item.device!r}; rename one profile")
+    check_devices(items, known)
+    named = {item.device for item in items}
+    return {name: device for name, device in known.items() if name in named}
+
+
+class Costs:
+    """What architectures cost without being run, and which of them the limits and the devices allow.
+
+    Args:
+        devices: those that objectives and limits name.
+
+    Raises Infeasible when the devices have no precision of the space in common.
+    """
 
     def __init__(
         self,
-        evaluator: Evaluator,
+        space: SearchSpace,
         objectives: Sequence[Objective],
         limits: Sequence[Limit],
         devices: Mapping[str, ProfiledDevice],
-        settings: SearchSettings,
-        seed: int,
     ) -> None:
-        self.evaluator, self.settings, self.seed = evaluator, settings, seed
-        self.space: SearchSpace = evaluator.supernet.space
-        self.objectives, self.limits = tuple(objectives), tuple(limits)
-        self.keys = tuple(dict.fromkeys([*(item.key for item in (*objectives, *limits)), *ALWAYS]))
-        named = {key.partition("@")[2] for key in self.keys}
-        self.devices = {name: device for name, device in devices.items() if name in named}
+        self.space, self.objectives, self.devices = space, tuple(objectives), dict(devices)
+        own = [limit for device in devices.values() for limit in device.memory_limits]
+        self.limits = tuple(dict.fromkeys([*limits, *own]))
+        items: list[Item] = [*self.objectives, *self.limits]
+        self.keys = tuple(dict.fromkeys([*(item.key for item in items), *ALWAYS]))
         self.options = self._legal_options()
-        self.done: dict[Architecture, Evaluation] = {}
-        self.feasible: dict[Architecture, bool] = {}
-
-    # costs and limits ----------------------------------------------------------------------------------
+        genes = [choice.name for choice in space.choices if choice.role == "precision"]
+        self.precisions = tuple(dict.fromkeys(str(o) for name in genes for o in self.options[name])) or ("",)
 
     def _legal_options(self) -> dict[str, tuple[Value, ...]]:
-        """The options of each choice; of a precision, those that every device has for convolutions and linear layers."""
+        """The options of each choice; of a precision, those that every device has for all layers with weights."""
         legal = {
             name
             for name in PRECISIONS
@@ -225,185 +298,236 @@ class _Search:
         if lacking:
             offered = self.space.choice(lacking[0]).options
             raise Infeasible(
-                f"no architecture is legal on {', '.join(self.devices)}: together they run {', '.join(legal) or 'nothing'}, "
+                f"no architecture is legal on {', '.join(self.devices)}: "
+                f"together they run {', '.join(sorted(legal)) or 'nothing'}, "
                 f"the space offers {', '.join(map(str, offered))}; change space.precisions or the devices"
             )
         return options
 
     def legalize(self, architecture: Architecture) -> Architecture:
         """The architecture with each precision that is not legal replaced by the first that is."""
-        values = {n: v if v in self.options[n] else self.options[n][0] for n, v in architecture.values.items()}
-        return self.space.build(values)
+        return self.space.build({name: self.legal_value(architecture, name) for name in self.options})
 
-    def cheap(self, network: Network) -> dict[str, Figure]:
+    def legal_value(self, architecture: Architecture, name: str) -> Value:
+        value, options = architecture[name], self.options[name]
+        return value if value in options else options[0]
+
+    def figures(self, network: Network) -> dict[str, Figure]:
+        """All figures but accuracy; infinite on a device that cannot run the network."""
         return cheap_figures(network, self.keys, self.devices)
 
     def violations(self, network: Network, figures: Figures) -> dict[str, float]:
-        """How far each limit is exceeded; 0 or less when met. A device must also have every layer's precision."""
-        illegal = {name: len(d.profile.illegal_layers(network)) for name, d in self.devices.items()}
-        found = {f"legal@{name}": float(count) for name, count in illegal.items()}
+        """How far each limit is exceeded; 0 or less when met. Figures that are not known yet are not judged.
+
+        The layers that a device cannot run count as `legal@DEVICE`, in place of its limits.
+        """
+        found = {}
+        for name, device in self.devices.items():
+            infinite = [k for k, f in figures.items() if k.partition("@")[2] == name and math.isinf(f.value)]
+            found[f"legal@{name}"] = float(max(len(device.profile.illegal_layers(network)), len(infinite)))
         for limit in self.limits:
-            if limit.key in figures and not illegal.get(limit.device or ""):
+            if limit.key in figures and not found.get(f"legal@{limit.device}"):
                 found[str(limit)] = limit.violation(figures[limit.key])
         return found
 
-    def check_limits(self) -> None:
-        """Raise Infeasible before anything is evaluated when no architecture tried meets the cheap limits.
-
-        Tries a spread of random architectures and descends from the nearest of them; a limit on accuracy is
-        not cheap and is judged at the end.
-        """
-        spread = sample_spread(self.space, 64, np.random.default_rng([self.seed, 6]))
-        starts = [self.legalize(a) for a in (self.space.smallest, self.space.largest, *spread)]
-        nearest = min(starts, key=self._total_violation)
-        while (least := self._total_violation(nearest)) > 0:
-            best = min(map(self.legalize, self.space.neighbours(nearest)), key=self._total_violation)
-            if self._total_violation(best) >= least:
-                raise Infeasible(self._infeasible_message(nearest))
-            nearest = best
-
-    def _total_violation(self, architecture: Architecture) -> float:
+    def total_violation(self, architecture: Architecture) -> float:
         network = self.space.lower(architecture)
-        return sum(max(0.0, v) for v in self.violations(network, self.cheap(network)).values())
+        return sum(max(0.0, v) for v in self.violations(network, self.figures(network)).values())
 
-    def _infeasible_message(self, nearest: Architecture) -> str:
+    def feasible_architecture(self, seed: int) -> Architecture:
+        """An architecture that meets the limits that can be judged without running it.
+
+        Tries the extremes and a spread of random architectures, and descends, one choice at a time, from the
+        nearest. Raises Infeasible when that leads nowhere; a limit on accuracy is judged by the search.
+        """
+        spread = sample_spread(self.space, 64, np.random.default_rng([seed, 6]))
+        ends = [self.space.smallest, self.space.largest]
+        starts = [*self.extremes(), *(self.legalize(a) for a in (*ends, *spread))]
+        reached = [self._descend(a) for a in sorted(dict.fromkeys(starts), key=self.total_violation)[:DESCENTS]]
+        nearest = min(reached, key=self.total_violation)
+        if self.total_violation(nearest) > 0:
+            raise Infeasible(self._infeasible(nearest))
+        return nearest
+
+    def extremes(self) -> list[Architecture]:
+        """The smallest and the largest architecture in each legal precision."""
+        return [
+            self.space.with_precision(end, p)
+            for end in (self.space.smallest, self.space.largest)
+            for p in self.precisions
+        ]
+
+    def _descend(self, start: Architecture) -> Architecture:
+        least = self.total_violation(start)
+        while least > 0:
+            relatives = dict.fromkeys(map(self.legalize, self.space.neighbours(start)))
+            violations = {relative: self.total_violation(relative) for relative in relatives}
+            nearest = min(violations, key=violations.__getitem__, default=start)
+            if violations.get(nearest, least) >= least:
+                break
+            least, start = violations[nearest], nearest
+        return start
+
+    def _infeasible(self, nearest: Architecture) -> str:
         network = self.space.lower(nearest)
+        figures = self.figures(network)
+        violations = self.violations(network, figures)
         for name, device in self.devices.items():
-            illegal = device.profile.illegal_layers(network)
-            if illegal:
-                layer = network.by_name[illegal[0]]
-                return (
-                    f"no architecture is legal on {name}: it has no {layer.precision} {layer.kind} {layer.activation} "
-                    f"(layer {layer.name}, and {len(illegal) - 1} more); change the space or the devices"
-                )
-        figures = self.cheap(network)
-        limits = [limit for limit in self.limits if limit.key in figures]
-        return nearest_message([self._evaluation(nearest, network, figures)], limits)
+            if violations[f"legal@{name}"]:
+                why = device.refusal(network)
+                return f"no architecture found runs on all devices: {why}; change the space or the devices"
+        return nearest_message([evaluation_of(nearest, network, figures)], [x for x in self.limits if x.key in figures])
 
-    def _evaluation(self, architecture: Architecture, network: Network, figures: Figures) -> Evaluation:
-        return Evaluation(architecture.id, str(architecture), dict(figures), network.precisions)
 
-    # the loop ------------------------------------------------------------------------------------------
+def evaluation_of(architecture: Architecture, network: Network, figures: Figures) -> Evaluation:
+    return Evaluation(architecture.id, str(architecture), dict(figures), network.precisions)
 
-    def run(self, storage: str | None) -> ParetoFront:
-        name = study_name(self.evaluator, self.objectives, self.limits, self.devices, self.settings, self.seed)
-        study = open_study(storage, name, self.objectives, self.settings, self.seed)
-        self._recall(study)
-        stale = 0
-        with tqdm(total=self.settings.trials, initial=len(self.done), desc="search", unit="arch") as bar:
-            while len(self.done) < self.settings.trials and stale < STALE:
-                before = len(self.done)
-                self._step(study)
-                stale = 0 if len(self.done) > before else stale + 1
-                bar.update(len(self.done) - before)
-                bar.set_postfix(self._shown(), refresh=False)
-        if stale >= STALE:
-            log.info("the space seems used up after %d architectures", len(self.done))
+
+class _Search:
+    """One search: what was already evaluated, and what comes next.
+
+    The architecture of a step depends on the steps before it alone, and on no generator that lives on, so that a
+    search which was killed goes on as if nothing had happened.
+    """
+
+    def __init__(self, evaluator: Evaluator, costs: Costs, settings: SearchSettings, seed: int) -> None:
+        self.evaluator, self.costs, self.settings, self.seed = evaluator, costs, settings, seed
+        self.space: SearchSpace = costs.space
+        self.done: dict[Architecture, Evaluation] = {}
+        self.feasible: dict[Architecture, bool] = {}
+        self.steps = 0  # trials that came to an end
+        self.duplicate: Architecture | None = None  # what the last step drew, when it was known already
+
+    def run(self, storage: Storage, limits: Sequence[Limit]) -> ParetoFront:
+        costs = self.costs
+        first = list(dict.fromkeys(self._first(costs.feasible_architecture(self.seed))))
+        name = study_name(self.evaluator, costs.objectives, limits, costs.devices, self.settings, self.seed)
+        trials = self.settings.trials
+        with open_study(storage, name, costs.objectives) as study:
+            waiting = self._recall(study)
+            with progress_bar(total=trials, initial=min(len(self.done), trials), desc="search", unit="arch") as bar:
+                while len(self.done) < trials:
+                    planned = next((a for a in first if a not in self.done), None)
+                    if planned is None and self.duplicate is not None:
+                        planned = self._unknown_relative(self.duplicate)
+                        if planned is None:
+                            log.info("the space is used up after %d architectures", len(self.done))
+                            break
+                    if planned is not None and not waiting:
+                        study.enqueue_trial(self._params(planned))
+                    waiting = False
+                    before = len(self.done)
+                    self._step(study)
+                    bar.update(len(self.done) - before)
+                    bar.set_postfix(self._shown(), refresh=False)
         return self.front()
 
-    def _first(self) -> Iterator[Architecture]:
-        """What is evaluated before the sampler chooses: the extremes, the nested family and a spread."""
-        precisions = dict.fromkeys(o for c in self.space.choices if c.role == "precision" for o in self.options[c.name])
+    def _first(self, feasible: Architecture) -> Iterator[Architecture]:
+        """What is evaluated before the sampler chooses: the extremes, one within limits, nested ones and a spread."""
+        yield from self.costs.extremes()
+        yield feasible
         nested = nested_set(self.space, NESTED, np.random.default_rng(self.seed))
-        for precision in precisions or ("",):
-            for architecture in dict.fromkeys([self.space.smallest, self.space.largest, *nested]):
-                yield self.space.with_precision(architecture, str(precision))
-        for architecture in sample_spread(
-            self.space, self.settings.population, np.random.default_rng([self.seed, 5])
-        ):
-            yield self.legalize(architecture)
+        for precision in self.costs.precisions:
+            yield from (self.space.with_precision(architecture, precision) for architecture in nested)
+        for architecture in sample_spread(self.space, self.settings.population, np.random.default_rng([self.seed, 5])):
+            yield self.costs.legalize(architecture)
 
     def _params(self, architecture: Architecture) -> dict[str, Value]:
-        return {name: architecture[name] for name, options in self.options.items() if len(options) > 1}
+        options = self.costs.options.items()
+        return {name: self.costs.legal_value(architecture, name) for name, legal in options if len(legal) > 1}
 
     def _step(self, study: optuna.Study) -> None:
         """Ask for a trial; evaluate it unless its architecture is known."""
+        fresh_seed = int(np.random.default_rng([self.seed, 10, self.steps]).integers(2**32))
+        study.sampler = SAMPLERS[self.settings.sampler](fresh_seed, self.settings.population)
         trial = study.ask()
         values = {
-            name: trial.suggest_categorical(name, options) if len(options) > 1 else options[0]
-            for name, options in self.options.items()
+            name: trial.suggest_categorical(name, legal) if len(legal) > 1 else legal[0]
+            for name, legal in self.costs.options.items()
         }
-        architecture = self.space.build(values)
+        architecture = self.space.build(values)  # type: ignore[arg-type]
+        trial.set_user_attr("architecture", str(architecture))
         if architecture in self.done:
             # the sampler only learns from distinct architectures; the next trial is a relative that is not known
             trial.set_user_attr("duplicate_of", architecture.id)
             study.tell(trial, state=TrialState.PRUNED)
-            fresh = self._unknown_relative(architecture, trial.number)
-            if fresh is not None:
-                study.enqueue_trial(self._params(fresh))
-            return
-        self._evaluate(study, trial, architecture)
+            self.duplicate = architecture
+        else:
+            self._evaluate(study, trial, architecture)
+            self.duplicate = None
+        self.steps += 1
 
-    def _unknown_relative(self, architecture: Architecture, number: int) -> Architecture | None:
-        rng = np.random.default_rng([self.seed, 7, number])
-        for rate in np.linspace(0.02, 0.5, 20):
-            relative = self.legalize(self.space.mutate(architecture, rng, rate=float(rate)))
-            if relative not in self.done:
-                return relative
+    def _unknown_relative(self, architecture: Architecture) -> Architecture | None:
+        """The nearest architecture not evaluated yet, by changes of one choice; None when there is none left."""
+        rng = np.random.default_rng([self.seed, 7, self.steps])
+        seen, queue = {architecture}, deque([architecture])
+        while queue:
+            relatives = [self.costs.legalize(a) for a in self.space.neighbours(queue.popleft())]
+            for i in rng.permutation(len(relatives)):
+                relative = relatives[int(i)]
+                if relative not in self.done:
+                    return relative
+                if relative not in seen:
+                    seen.add(relative)
+                    queue.append(relative)
         return None
 
     def _evaluate(self, study: optuna.Study, trial: optuna.Trial, architecture: Architecture) -> None:
         network = self.space.lower(architecture)
-        figures = self.cheap(network)
-        violations = self.violations(network, figures)
+        figures = self.costs.figures(network)
+        violations = self.costs.violations(network, figures)
         runs = max(violations.values(), default=0.0) <= 0
-        if "accuracy" in self.keys:
-            # what breaks a limit is not worth running: its accuracy is unknown, and told to Optuna as the worst,
-            # which ranks nothing, since constrained samplers compare such trials by their violations alone
-            figures["accuracy"] = Figure.exact(self.evaluator.accuracy(architecture, "val_search") if runs else 0.0)
-            violations |= self.violations(network, figures)
+        if "accuracy" in self.costs.keys and runs:
+            share = self.evaluator.accuracy(architecture, "val_search")
+            figures["accuracy"] = Figure.share(share, len(self.evaluator.data["val_search"]))
+            violations = self.costs.violations(network, figures)
         for name, violation in violations.items():
             trial.set_constraint(name, violation)
-        trial.set_user_attr("architecture", str(architecture))
-        trial.set_user_attr("evaluated", runs)
         trial.set_user_attr("figures", {key: figure.to_dict() for key, figure in figures.items()})
-        study.tell(trial, [figures[objective.key].value for objective in self.objectives])
-        self._remember(architecture, figures, feasible=max(violations.values(), default=0.0) <= 0)
+        # What breaks a limit is not worth running. Optuna wants a value all the same: an accuracy of 0, which ranks
+        # nothing, since constrained samplers compare such trials by their violations alone, and which is not kept.
+        known = {"accuracy": 0.0} | {key: figure.value for key, figure in figures.items()}
+        study.tell(trial, [known[objective.key] for objective in self.costs.objectives])
+        self._remember(architecture, figures, max(violations.values(), default=0.0) <= 0)
 
     def _remember(self, architecture: Architecture, figures: Figures, feasible: bool) -> None:
-        network = self.space.lower(architecture)
-        self.done[architecture] = self._evaluation(architecture, network, figures)
+        self.done[architecture] = evaluation_of(architecture, self.space.lower(architecture), figures)
         self.feasible[architecture] = feasible
 
-    def _recall(self, study: optuna.Study) -> None:
-        """Take over what an earlier run of the same search evaluated, and queue what must come first and has not."""
-        waiting = set()
+    def _recall(self, study: optuna.Study) -> bool:
+        """Take over what an earlier run of the same search did; returns whether its next trial waits in the study."""
+        waiting = False
         for trial in study.get_trials(deepcopy=False):
-            if trial.state == TrialState.COMPLETE:
-                figures = {key: Figure(**value) for key, value in trial.user_attrs["figures"].items()}
-                feasible = max(trial.constraints.values(), default=0.0) <= 0
-                self._remember(self.space.parse(trial.user_attrs["architecture"]), figures, feasible)
-            elif trial.state == TrialState.WAITING:
-                waiting.add(self.space.build(trial.system_attrs["fixed_params"]))
+            if trial.state == TrialState.WAITING:
+                waiting = True
             elif trial.state == TrialState.RUNNING:  # of a process that was killed
                 study.tell(trial.number, state=TrialState.FAIL)
+            elif trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+                architecture = self.space.parse(trial.user_attrs["architecture"])
+                self.steps += 1
+                self.duplicate = architecture if trial.state == TrialState.PRUNED else None
+                if trial.state == TrialState.COMPLETE:
+                    figures = {key: Figure(**value) for key, value in trial.user_attrs["figures"].items()}
+                    self._remember(architecture, figures, max(trial.constraints.values(), default=0.0) <= 0)
         if self.done:
             log.info("going on after %d architectures", len(self.done))
-        for architecture in dict.fromkeys(self._first()):
-            if architecture not in self.done and architecture not in waiting:
-                study.enqueue_trial(self._params(architecture))
+        return waiting
 
     def _shown(self) -> dict[str, str]:
         kept = [e for a, e in self.done.items() if self.feasible[a]]
         shown = {"feasible": str(len(kept))}
-        if kept and "accuracy" in self.keys:
+        if kept and "accuracy" in self.costs.keys:
             shown["best accuracy"] = f"{max(e['accuracy'] for e in kept):.1%}"
         return shown
 
     def front(self) -> ParetoFront:
         kept = [evaluation for a, evaluation in self.done.items() if self.feasible[a]]
         if not kept:
-            raise Infeasible(nearest_message(list(self.done.values()), self.limits))
+            raise Infeasible(nearest_message(list(self.done.values()), self.costs.limits))
         return ParetoFront.of(
             kept,
-            self.objectives,
-            limits=self.limits,
+            self.costs.objectives,
+            limits=self.costs.limits,
             space=self.space.name,
             supernet_sha256=self.evaluator.supernet_sha256,
         )
-
-
-def storage_url(folder: Path) -> str:
-    """SQLite in a run directory."""
-    return f"sqlite:///{folder / 'study.db'}"
-

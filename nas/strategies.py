@@ -45,14 +45,11 @@ def nested_set(space: SearchSpace, size: int, rng: np.random.Generator) -> tuple
         found |= dict.fromkeys(_chain(space, shrinking))
     stale = 0
     while len(found) < size and stale < 200:
-        fresh = space.with_precision(space.sample(rng), str(_first_precision(space)))
+        sampled = space.sample(rng).codes
+        fresh = space.from_codes(0 if c.role == "precision" else i for c, i in zip(space.choices, sampled, strict=True))
         stale = stale + 1 if fresh in found else 0
         found[fresh] = None
     return tuple(found)[:size]
-
-
-def _first_precision(space: SearchSpace) -> object:
-    return next((c.options[0] for c in space.choices if c.role == "precision"), "")
 
 
 def _chain(space: SearchSpace, roles: list[str]) -> list[Architecture]:

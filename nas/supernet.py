@@ -51,6 +51,9 @@ def slice_of(name: str, full: Tensor, shape: Shape) -> Tensor:
 class LayerParameters(nn.Module):
     """Parameters and norm statistics of one layer, by name."""
 
+    norm_mean: Tensor  # these two only where the layer has a norm
+    norm_variance: Tensor
+
     def __init__(self, shapes: Mapping[str, Shape], has_norm: bool) -> None:
         super().__init__()
         for name, shape in shapes.items():
@@ -75,8 +78,9 @@ def _initialize(parameters: LayerParameters, layer: Layer, generator: torch.Gene
             if name == "weight" and layer.kind == "conv2d":
                 fan_out = tensor.shape[0] * prod(tensor.shape[2:]) / layer.groups
                 tensor.normal_(0.0, sqrt(2.0 / fan_out), generator=generator)
-            elif name == "weight" or name == "value":
-                nn.init.trunc_normal_(tensor, std=0.02 if name == "value" else sqrt(1.0 / tensor.shape[-1]), generator=generator)
+            elif name in ("weight", "value"):
+                deviation = 0.02 if name == "value" else sqrt(1.0 / tensor.shape[-1])
+                nn.init.trunc_normal_(tensor, std=deviation, generator=generator)
             elif name in ("norm_scale", "scale"):
                 tensor.fill_(1.0)
 
@@ -173,7 +177,7 @@ class Subnet(nn.Module):
             held = LayerParameters(
                 {key: tuple(tensor.shape) for key, tensor in tensors.items() if key not in STATISTICS},
                 has_norm="norm_mean" in tensors,
-            )
+            ).to(next(iter(tensors.values())).device)
             with torch.no_grad():
                 for key, tensor in tensors.items():
                     getattr(held, key).copy_(tensor)
@@ -184,6 +188,7 @@ class Subnet(nn.Module):
         return self.run(x, Normalization(self.training))
 
     def run(self, x: Tensor, normalization: Normalization) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # CPU convolutions and norms run up to four times faster
         return execute(self.network, x, self._parameters_of, normalization, self.tap)
 
     def _parameters_of(self, layer: Layer) -> Parameters:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from nas.checkpoints import load_checkpoint, save_checkpoint
 from nas.data import Data, augment
 from nas.evaluate import accuracy, calibration_images, recalibrate
-from nas.strategies import STRATEGIES, Strategy
+from nas.files import write_text
+from nas.strategies import LARGEST_SET, STRATEGIES, Strategy
 from nas.supernet import Supernet
 from search_spaces import Architecture, SearchSpace
 
@@ -45,7 +46,8 @@ class TrainSettings:
     strategy: which architectures a step trains; see `nas.strategies`.
     architectures: size of the strategy's fixed set.
     micro_batches: architectures trained, and gradients accumulated, in one step.
-    arithmetic: fp32, fp32_channels_last, bf16_channels_last, or auto, which times a few steps of each.
+    arithmetic: fp32, fp32_channels_last, bf16_channels_last, or auto, which times a few steps of each; name one
+        where the same seed must give the same weights.
     warmup: share of all steps in which the learning rate rises linearly; then it follows a cosine to zero.
     crop_padding: pixels of reflected border from which random crops are taken.
     evaluate_every: epochs between evaluations of the smallest and the largest subnet.
@@ -75,8 +77,17 @@ class TrainSettings:
         if self.arithmetic not in ("auto", *ARITHMETICS):
             raise ValueError(f"train.arithmetic = {self.arithmetic!r}; expected auto, {', '.join(ARITHMETICS)}")
         for name in ("epochs", "batch_size", "micro_batches", "evaluate_every", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"train.{name} = {getattr(self, name)}; expected more than 0")
+            self._check(name, getattr(self, name) > 0, "more than 0")
+        for name in ("weight_decay", "crop_padding"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("momentum", "label_smoothing"):
+            self._check(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
+        self._check("warmup", 0 <= self.warmup <= 1, "a share of the steps, from 0 to 1")
+        self._check("architectures", 2 <= self.architectures <= LARGEST_SET, f"2 to {LARGEST_SET}")
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise ValueError(f"train.{name} = {getattr(self, name)}; expected {expected}")
 
 
 def learning_rate_at(step: int, steps: int, settings: TrainSettings) -> float:
@@ -131,20 +142,21 @@ def check_fit(space: SearchSpace, data: Data) -> None:
 class _Trainer:
     """The state of one training: everything that a checkpoint holds, and what is derived from it."""
 
-    def __init__(
-        self, supernet: Supernet, data: Data, settings: TrainSettings, seed: int, folder: Path | None
-    ) -> None:
+    def __init__(self, supernet: Supernet, data: Data, settings: TrainSettings, seed: int, folder: Path | None) -> None:
         self.supernet, self.data, self.settings, self.seed, self.folder = supernet, data, settings, seed, folder
         self.device = pick_device()
         self.supernet.to(self.device)
         self.strategy: Strategy = STRATEGIES[settings.strategy](supernet.space, seed, settings.architectures)
         self.optimizer = _optimizer(supernet, settings)
+        if len(data["train"]) < settings.micro_batches:
+            raise ValueError(f"{len(data['train'])} training images; expected one or more a micro-batch")
         per_step = settings.batch_size * settings.micro_batches
         self.steps_an_epoch = max(1, len(data["train"]) // per_step)
         self.steps = self.steps_an_epoch * settings.epochs
         self.step = 0
         self.arithmetic = settings.arithmetic
         self.results: dict[str, float] = {}
+        self.kept = False  # whether the folder holds a checkpoint
 
     def run(self) -> dict[str, float]:
         self._restore()
@@ -195,10 +207,10 @@ class _Trainer:
                 generator=generator,
             )
             loss = self._loss(self.supernet, pixels, labels, architecture, self.arithmetic) / len(batches)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):
-            raise TrainingDiverged(self._divergence(total))
+            raise TrainingDiverged(self._divergence(f"the loss became {total}"))
         self.optimizer.step()
         return total
 
@@ -206,13 +218,11 @@ class _Trainer:
         self, supernet: Supernet, pixels: Tensor, labels: Tensor, architecture: Architecture, arithmetic: str
     ) -> Tensor:
         x = self.data.prepare(pixels, supernet.network(architecture).input_shape[1])
-        if arithmetic.endswith("channels_last"):
-            x = x.to(memory_format=torch.channels_last)
+        channels_last = arithmetic.endswith("channels_last")  # augmented images come in either format
+        x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=arithmetic.startswith("bf16")):
             logits = supernet(x, architecture)
-        return F.cross_entropy(
-            logits.float(), labels.to(self.device), label_smoothing=self.settings.label_smoothing
-        )
+        return F.cross_entropy(logits.float(), labels.to(self.device), label_smoothing=self.settings.label_smoothing)
 
     def _fastest_arithmetic(self) -> str:
         """Time forward and backward of a middle network in each arithmetic; fp32 unless another is 10 % faster."""
@@ -226,7 +236,7 @@ class _Trainer:
             for arithmetic in ARITHMETICS:
                 start = time.perf_counter()
                 for architecture in architectures:
-                    self._loss(trial, pixels, labels, architecture, arithmetic).backward()  # type: ignore[no-untyped-call]
+                    self._loss(trial, pixels, labels, architecture, arithmetic).backward()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds[arithmetic] = min(seconds.get(arithmetic, math.inf), time.perf_counter() - start)
@@ -269,10 +279,10 @@ class _Trainer:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
 
-    def _divergence(self, loss: float) -> str:
-        kept = f"the last good checkpoint stays in {self.folder / 'supernet'}; " if self.folder else ""
+    def _divergence(self, what: str) -> str:
+        kept = f"the last good checkpoint stays in {self.folder / 'supernet'}; " if self.folder and self.kept else ""
         return (
-            f"the loss became {loss} at step {self.step} of {self.steps}; {kept}"
+            f"{what} at step {self.step} of {self.steps}; {kept}"
             f"lower train.learning_rate (now {self.settings.learning_rate:g}) or raise train.warmup "
             f"(now {self.settings.warmup:g}) and start again"
         )
@@ -280,16 +290,15 @@ class _Trainer:
     # checkpoints ---------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        tensors = {f"weights/{name}": tensor for name, tensor in self.supernet.state_dict().items()}
+        for name, parameter in self.supernet.named_parameters():
+            held = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer/{name}/{key}": value for key, value in held.items() if isinstance(value, Tensor)}
+        spoilt = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+        if spoilt:  # the loss would only show it one step later, when the checkpoint is spoilt too
+            raise TrainingDiverged(self._divergence(f"{spoilt} is not finite"))
         if self.folder is None:
             return
-        tensors = {f"weights/{name}": tensor for name, tensor in self.supernet.state_dict().items()}
-        names = {parameter: name for name, parameter in self.supernet.named_parameters()}
-        for parameter, held in self.optimizer.state.items():
-            tensors |= {
-                f"optimizer/{names[parameter]}/{key}": value
-                for key, value in held.items()
-                if isinstance(value, Tensor)
-            }
         state = {
             "step": self.step,
             "steps": self.steps,
@@ -301,12 +310,17 @@ class _Trainer:
             "space": self.supernet.space.name,
         }
         save_checkpoint(self.folder / "supernet", self.step, tensors, state)
+        self.kept = True
 
     def _restore(self) -> None:
-        found = load_checkpoint(self.folder / "supernet") if self.folder is not None else None
+        if self.folder is None:
+            return
+        found = load_checkpoint(self.folder / "supernet")
         if found is None:
+            _truncate_metrics(self.folder, 0)
             return
         tensors, state = found
+        self.kept = True
         expected = {"space": self.supernet.space.name, "data": self.data.key, "settings": asdict(self.settings)}
         changed = [name for name, value in expected.items() if state[name] != value]
         if changed or state["seed"] != self.seed:
@@ -318,9 +332,9 @@ class _Trainer:
         for name, parameter in self.supernet.named_parameters():
             prefix = f"optimizer/{name}/"
             held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if held:
+            if held:  # AdamW counts its steps on the CPU
                 self.optimizer.state[parameter] = {
-                    key: value.to(self.device) if key != "step" else value for key, value in held.items()
+                    key: value if key == "step" else value.to(self.device) for key, value in held.items()
                 }
         self.step, self.arithmetic = int(state["step"]), str(state["arithmetic"])  # type: ignore[call-overload]
         self.results = dict(state["results"])  # type: ignore[call-overload]
@@ -335,14 +349,12 @@ def load_weights(supernet: Supernet, tensors: dict[str, Tensor]) -> None:
     supernet.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
-def _truncate_metrics(folder: Path | None, step: int) -> None:
-    """Drop what was recorded after the checkpoint, since it will be recorded again."""
-    if folder is None or not (folder / "metrics.jsonl").exists():
-        return
+def _truncate_metrics(folder: Path, step: int) -> None:
+    """Drop what was recorded after the checkpoint, since it will be recorded again, and a line cut short."""
     path = folder / "metrics.jsonl"
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    if path.exists():
+        whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        write_text(path, "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 def _optimizer(supernet: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -352,4 +364,6 @@ def _optimizer(supernet: nn.Module, settings: TrainSettings) -> torch.optim.Opti
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate)
-    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0)
+    return torch.optim.SGD(
+        groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0
+    )

@@ -24,11 +24,20 @@ def versions() -> dict[str, str]:
 
 
 def commit_of(folder: Path) -> str:
-    """The commit of a checkout, with `-dirty` when files differ from it; empty outside one."""
+    """The commit of a checkout, with `-dirty` when files differ from it; empty outside one.
+
+    A package installed inside somebody's checkout is not of that commit, so the folder must hold tracked files.
+    """
+    tracked = _git(folder, "ls-files", "--", ".")
+    return _git(folder, "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*") if tracked else ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints; empty when it is not installed, fails or hangs."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+        done = subprocess.run(
+            ["git", *arguments],
             cwd=folder,
             env=environment,
             capture_output=True,
@@ -38,4 +47,4 @@ def commit_of(folder: Path) -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return described.stdout.strip() if described.returncode == 0 else ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,363 @@
+"""The command: what it prints, its exit codes, and that nothing is written when it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from nas.cli import BAD_INPUT, DONE, FAILED, INFEASIBLE, main
+from nas.costs import Figure, at_most, maximize, minimize
+from nas.files import write_json
+from nas.front import Evaluation, ParetoFront, to_dict
+from tests.nas import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Relative paths end up in a folder of the test; the root logger is put back."""
+    import logging
+
+    handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield
+    logging.getLogger().handlers[:] = handlers
+    logging.getLogger().setLevel(level)
+
+
+def point(name: str, accuracy: float, latency_ms: float, sram_bytes: int) -> Evaluation:
+    figures = {
+        "accuracy": Figure.share(accuracy, 1000),
+        "latency_ms@toy": Figure(latency_ms, None, None, "predicted"),
+        "sram_bytes@toy": Figure.exact(sram_bytes),
+    }
+    return Evaluation(name, f"resolution={name}", figures, {"stem": "fp32"})
+
+
+FRONT = ParetoFront.of(
+    [
+        point("aa1", 0.7, 1.0, 30_000),
+        point("ab2", 0.8, 2.0, 20_000),
+        point("cd3", 0.9, 4.0, 10_240),
+        point("x", 0.5, 9.0, 1),
+    ],
+    [maximize("accuracy"), minimize("latency_ms", "toy")],
+    space="a space",
+    supernet_sha256="abc",
+)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run that was searched; nothing in it was trained."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tiny.write_experiment(tmp_path).rename(folder / "experiment.yaml")
+    FRONT.save(folder / "front.json")
+    return folder
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)"""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, said: str, *arguments: object) -> None:
+    got, out, err = call(capsys, *arguments)
+    assert got == code and out == ""
+    assert said in err and len(err.splitlines()) == 1 and err.startswith("nas: "), err
+
+
+def files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+# queries -------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_row_a_point_and_says_where_numbers_come_from(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(capsys, "pareto", run_folder)
+    lines = out.splitlines()
+    assert code == DONE and len(lines) == 5
+    assert lines[0].split("  ")[-1].strip() == "peak SRAM (KiB) toy"
+    assert lines[3].split() == ["cd3", "90", "4", "10"]
+    assert lines[4] == "3 non-dominated subnets; accuracy measured; latency_ms@toy predicted"
+
+
+def test_json_is_the_documented_schema(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "pareto", run_folder, "--format", "json", "--limit", "latency_ms@toy<=3")
+    content = json.loads(out)
+    assert code == DONE and [p["id"] for p in content["points"]] == ["aa1", "ab2"]
+    assert set(content) == set(to_dict(FRONT)) and content["limits"] == ["latency_ms@toy<=3"]
+    assert content["points"][0]["values"]["latency_ms@toy"]["low"] is None
+
+
+def test_csv_is_read_by_pandas(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "pareto", run_folder, "--format", "csv")
+    frame = pd.read_csv(io.StringIO(out))
+    assert code == DONE and list(frame["accuracy"]) == [0.7, 0.8, 0.9]
+    assert list(frame["architecture"]) == ["resolution=aa1", "resolution=ab2", "resolution=cd3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ids"),
+    [
+        (["--best", "accuracy"], ["cd3"]),
+        (["--best", "latency_ms@toy", "--limit", "accuracy>=75%"], ["ab2"]),
+        (["--best", "accuracy", "--limit", "sram_bytes@toy >= 15KiB", "--limit", "latency_ms@toy<=1.5"], ["aa1"]),
+        (["--knee"], ["ab2"]),
+        (["--limit", "latency_ms@toy<=0.0021s"], ["aa1", "ab2"]),
+    ],
+)
+def test_queries(arguments: list[str], ids: list[str], run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "pareto", run_folder, "--format", "json", *arguments)
+    assert code == DONE and [p["id"] for p in json.loads(out)["points"]] == ids
+
+
+def test_a_picture_is_written_where_it_is_asked_for(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "pareto", run_folder, "--plot", run_folder / "p.png", "--knee")
+    assert code == DONE and (run_folder / "p.png").stat().st_size > 5000
+    assert "p.png" in err and "p.png" not in out
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "said"),
+    [
+        (BAD_INPUT, ["--limit", "latency_ms@toy<=5KiB"], "latency_ms is in ms, not 'KiB'"),
+        (BAD_INPUT, ["--limit", "latency_ms<=5"], "write latency_ms@DEVICE"),
+        (BAD_INPUT, ["--limit", "latency_ms@host-cpu<=5"], "the front has no latency_ms@host-cpu; it has accuracy"),
+        (BAD_INPUT, ["--limit", "flash_bytes@toy<=5"], "the front has no flash_bytes@toy"),
+        (BAD_INPUT, ["--limit", "quick"], "write NAME[@DEVICE]<=NUMBER[unit]"),
+        (BAD_INPUT, ["--best", "speed"], "unknown figure 'speed'"),
+        (BAD_INPUT, ["--best", "macs"], "the front has no macs"),
+        (INFEASIBLE, ["--limit", "latency_ms@toy<=0.1"], "what binds is latency_ms@toy<=0.1. The nearest reachable"),
+        (INFEASIBLE, ["--limit", "accuracy>=0.85", "--limit", "latency_ms@toy<=1.5"], "The nearest reachable point is"),
+    ],
+)
+def test_a_query_that_has_no_answer_is_refused_and_draws_nothing(
+    code: int, arguments: list[str], said: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(run_folder)
+    refused(capsys, code, said, "pareto", run_folder, "--plot", run_folder / "p.png", *arguments)
+    assert files(run_folder) == before
+
+
+def test_an_empty_or_broken_front_is_told(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ParetoFront(FRONT.objectives, ()).save(run_folder / "front.json")
+    refused(capsys, INFEASIBLE, "the front has no point", "pareto", run_folder)
+    (run_folder / "front.json").write_text("{")
+    refused(capsys, BAD_INPUT, "front.json is not readable as JSON", "pareto", run_folder)
+    write_json(run_folder / "front.json", {"schema": 1})
+    refused(capsys, BAD_INPUT, "is not a complete front", "pareto", run_folder)
+
+
+# bad input -----------------------------------------------------------------------------------------------
+
+BAD_EXPERIMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"devices": [{"name": "stm32f764"}]}, "did you mean 'stm32f746'?"),
+    ({"devices": [{"name": "nowhere.yaml"}]}, "nowhere.yaml"),
+    ({"space": {"family": "mobilnet"}}, "did you mean 'mobilenet'?"),
+    ({"space": tiny.SPACE | {"family": "mobilenet", "width": [8]}}, "unknown setting 'width'; did you mean 'widths'"),
+    ({"space": tiny.SPACE | {"family": "mobilenet", "resolutions": [4]}}, "resolutions"),
+    ({"space": tiny.SPACE | {"family": "mobilenet", "resolutions": 8}}, "resolutions"),
+    ({"space": tiny.SPACE | {"family": "mobilenet", "classes": 9}}, "the space has 9 classes"),
+    ({"trian": {}}, "unknown key 'trian'; did you mean 'train'?"),
+    ({"data": {"path": "nowhere.npz"}}, "no data at 'nowhere.npz'"),
+    ({"data": {"path": "text.npz"}}, ".npz file"),
+    ({"data": {"path": "mismatch.npz"}}, "30 images but 29 labels"),
+    ({"data": {"path": "one.npz"}}, "the same class"),
+    ({"search": {"limits": ["latency_ms@toy<=5KiB"]}}, "latency_ms is in ms, not 'KiB'"),
+    ({"search": {"limits": ["latency_ms@toi<=5"]}}, "did you mean 'toy'?"),
+    (
+        {"search": {"objectives": ["accuracy", "sram_bytes@host-cpu"]}, "devices": [{"name": "host-cpu"}]},
+        "no memory planner",
+    ),
+    (
+        {"export": {"best": "latency_ms@toy"}, "search": {"objectives": ["accuracy"]}},
+        "the front will have no latency_ms@toy",
+    ),
+    (
+        {
+            "devices": [{"name": "stm32f746"}],
+            "search": {"limits": ["latency_ms@stm32f746<=5"], "confidence": 0.95},
+        },
+        "error of the latencies of stm32f746 is not known",
+    ),
+    ({"search": {"confidence": 0.9}}, "only 0.95 can be asked for"),
+    ({"name": "../outside"}, "name: expected letters"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD_EXPERIMENTS, ids=[said[:32] for _, said in BAD_EXPERIMENTS])
+def test_bad_input_is_one_line_and_writes_nothing(
+    change: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (30, 8, 8), dtype=np.uint8)
+    np.savez("mismatch.npz", x_train=images, y_train=np.arange(29) % 3)
+    np.savez("one.npz", x_train=images, y_train=np.zeros(30, np.int64))
+    Path("text.npz").write_text("no arrays")
+    path = tiny.write_experiment(tmp_path, **change)
+    before = files(tmp_path)
+    for verb in ("run", "train"):
+        refused(capsys, BAD_INPUT, said, verb, path)
+        refused(capsys, BAD_INPUT, said, verb, path, "--out", tmp_path / "out")
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"limits": ["latency_ms@toy<=1us"]}, "what binds is latency_ms@toy<=0.001. The nearest reachable point is"),
+        ({"limits": ["macs<=1k", "model_bytes<=100"]}, "what binds is macs<=1000, model_bytes<=100"),
+        ({"objectives": ["accuracy", "latency_ms@adreno540", "latency_ms@stm32f746"]}, "no architecture is legal on"),
+    ],
+)
+def test_limits_out_of_reach_are_told_before_training(
+    change: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tiny.experiment(tmp_path)
+    devices = [*plan["devices"], {"name": "adreno540"}, {"name": "stm32f746"}]
+    path = tiny.write_experiment(tmp_path, search=plan["search"] | change, devices=devices)
+    before = files(tmp_path)
+    refused(capsys, INFEASIBLE, said, "run", path)
+    assert files(tmp_path) == before
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.write_experiment(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    refused(capsys, BAD_INPUT, "is not empty and holds no experiment.yaml", "run", path, "--out", other)
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "experiment.yaml").write_text(yaml.safe_dump(tiny.experiment(tmp_path) | {"seed": 3}))
+    before = (held / "experiment.yaml").read_bytes()
+    refused(capsys, BAD_INPUT, "holds another experiment: seed differ", "run", path, "--out", held)
+    assert (held / "experiment.yaml").read_bytes() == before and len(files(held)) == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        (["search"], "has no trained supernet yet; run 'nas train"),
+        (["export", "--id", "aa1"], "has no trained supernet yet"),
+        (["export", "--id", "zz"], "0 points of the front have an id that starts with 'zz'"),
+        (["export", "--id", "a"], "2 points of the front have an id that starts with 'a'"),
+        (["export", "--best", "macs"], "the front has no macs"),
+        (["export", "--architecture", "depth=7"], "has no choice 'depth'"),
+        (["profile", "--device", "host-cpu", "--samples", "59"], "samples = 59; expected 60 or more"),
+        (["profile", "--device", "hostcpu"], "did you mean 'host-cpu'"),
+        (["search", "--confidence", "0.9"], "only 0.95 can be asked for"),
+        (["search", "--limit", "latency_ms@toy<=5KiB"], "not 'KiB'"),
+        (["search", "--limit", "latency_ms@host-cpu<=5"], "'host-cpu' is not profiled; profiled here: toy"),
+    ],
+)
+def test_verbs_that_need_more_of_a_run_say_what(
+    verb: list[str], said: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(run_folder)
+    refused(capsys, BAD_INPUT, said, verb[0], run_folder, *verb[1:])
+    assert files(run_folder) == before
+
+
+@pytest.mark.parametrize("verb", ["pareto", "search"])
+def test_a_folder_without_a_run_is_told(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, BAD_INPUT, "is no run directory: it has no experiment.yaml", verb, tmp_path)
+
+
+def test_a_run_that_was_not_searched_has_no_front(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_folder / "front.json").unlink()
+    refused(capsys, BAD_INPUT, "has no front yet; run 'nas search", "pareto", run_folder)
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["pareto"], ["search", "x", "--trials", "0"], ["export", "x"]])
+def test_bad_usage_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, *arguments)
+    assert code == BAD_INPUT and out == "" and "usage: nas" in err
+
+
+def test_a_bug_keeps_its_traceback_and_a_failure_does_not(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: BaseException) -> Any:
+        def raising(*_: object) -> None:
+            raise error
+
+        return raising
+
+    monkeypatch.setattr(ParetoFront, "load", fail(ZeroDivisionError("oops")))
+    with pytest.raises(ZeroDivisionError):
+        main(["pareto", str(run_folder)])
+    monkeypatch.setattr(ParetoFront, "load", fail(OSError(28, "No space left on device")))
+    refused(capsys, FAILED, "No space left", "pareto", run_folder)
+    monkeypatch.setattr(ParetoFront, "load", fail(KeyboardInterrupt()))
+    assert call(capsys, "pareto", run_folder)[0] == FAILED
+
+
+# lists ---------------------------------------------------------------------------------------------------
+
+
+def test_spaces_and_devices_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "spaces")
+    assert code == DONE and [line.split(":")[0] for line in out.splitlines()] == ["mobilenet", "compact_transformer"]
+    code, out, _ = call(capsys, "spaces", "mobilenet")
+    assert code == DONE and "resolution:" in out
+    code, out, _ = call(capsys, "devices")
+    assert code == DONE and [line.split(":")[0] for line in out.splitlines()] == sorted(
+        ["adreno540", "host-cpu", "stm32f746", "stm32h743"]
+    )
+    assert "error not known" in next(line for line in out.splitlines() if line.startswith("stm32f746"))
+    code, out, _ = call(capsys, "devices", "stm32h743")
+    assert code == DONE and "limits.sram_bytes: MCUNet" in out
+    refused(capsys, BAD_INPUT, "did you mean 'mobilenet'", "spaces", "mobilnet")
+    refused(capsys, BAD_INPUT, "did you mean 'stm32h743'", "devices", "stm32h473")
+
+
+def test_a_limit_beyond_memory_is_shown_in_the_table() -> None:
+    from nas.cli import table
+
+    noisy = ParetoFront.of(
+        FRONT.points, FRONT.objectives, limits=[at_most("sram_bytes", 25_000, "toy")], noise={"accuracy": 0.01}
+    )
+    assert table(noisy).endswith(
+        "2 non-dominated subnets; accuracy measured; latency_ms@toy predicted; noise of accuracy 1.0%"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["devices"], ["spaces"]])
+def test_help_and_lists_do_not_wait_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from nas.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*{'torch', 'optuna', 'pandas'} & set(sys.modules), file=sys.stderr)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.strip() == "" and done.stdout
+    assert time.monotonic() - started < 20

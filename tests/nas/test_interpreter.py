@@ -1,0 +1,235 @@
+"""Every kind of layer against torch.nn modules, numpy, or loops; what a pass keeps alive and leaves alone."""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nas.interpreter import OPERATIONS, Normalization, execute
+from search_spaces import INPUT, KINDS, Layer, Network
+from search_spaces import layers as L
+from search_spaces.layers import Port, port
+
+EVAL = Normalization(from_batch=False)
+
+
+def run(x: Tensor, *layers: Layer, parameters: dict[str, dict[str, Tensor]] | None = None) -> Tensor:
+    held = parameters or {}
+    return execute(Network(tuple(x.shape[1:]), layers), x, lambda layer: held.get(layer.name, {}), EVAL)
+
+
+def source(x: Tensor) -> Port:
+    return Port(INPUT, tuple(x.shape[1:]))
+
+
+@pytest.fixture
+def draw(rng: np.random.Generator):  # type: ignore[no-untyped-def]
+    return lambda *shape: torch.from_numpy(rng.normal(size=shape).astype(np.float32))
+
+
+def test_every_kind_has_an_operation() -> None:
+    assert set(OPERATIONS) == set(KINDS)
+
+
+@pytest.mark.parametrize("from_batch", [False, True])
+@pytest.mark.parametrize("scheme", ["symmetric", "same"])
+@pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (3, 2, 1), (5, 2, 4), (3, 1, 2), (2, 2, 1)])
+@pytest.mark.parametrize("activation", ["", "relu", "relu6"])
+def test_convolution_with_norm(draw, kernel, stride, groups, scheme, activation, from_batch) -> None:  # type: ignore[no-untyped-def]
+    x = draw(3, 4, 9, 8)
+    layer = L.conv2d(
+        "c", source(x), 8, kernel=kernel, stride=stride, groups=groups, activation=activation, padding=scheme
+    )
+    convolution = nn.Conv2d(4, 8, kernel, stride, groups=groups, bias=False)
+    norm = nn.BatchNorm2d(8).train(from_batch)
+    with torch.no_grad():
+        norm.weight.copy_(draw(8))
+        norm.bias.copy_(2 * draw(8) + 2)
+        norm.running_mean.copy_(draw(8))
+        norm.running_var.copy_(draw(8).abs() + 0.1)
+    mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+    top, left, bottom, right = layer.padding
+    if scheme == "same":
+        assert layer.out_shape[1:] == (-(-9 // stride), -(-8 // stride))
+    expected = norm(convolution(nn.ZeroPad2d((left, right, top, bottom))(x)))
+    if activation:
+        expected = expected.clamp(0, 6 if activation == "relu6" else math.inf)
+    held = {
+        "weight": convolution.weight,
+        "norm_scale": norm.weight,
+        "norm_shift": norm.bias,
+        "norm_mean": mean,
+        "norm_variance": variance,
+    }
+    untouched = x.clone()
+    with torch.no_grad():
+        got = execute(Network((4, 9, 8), (layer,)), x, lambda _: held, Normalization(from_batch))
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close((mean, variance), (norm.running_mean, norm.running_var))
+    assert torch.equal(x, untouched)
+
+
+def test_convolution_without_norm_has_a_bias(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(2, 3, 5, 5)
+    module = nn.Conv2d(3, 6, 3, padding=1)
+    layer = L.conv2d("c", source(x), 6, kernel=3, norm=False, activation="relu")
+    held = {"c": {"weight": module.weight, "bias": module.bias}}
+    torch.testing.assert_close(run(x, layer, parameters=held), module(x).relu())
+
+
+@pytest.mark.parametrize("activation", ["", "relu", "relu6"])
+@pytest.mark.parametrize("shape", [(7,), (4, 7)])
+def test_linear(draw, shape: tuple[int, ...], activation: str) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias = draw(3, *shape), draw(5, 7), draw(5)
+    got = run(x, L.linear("l", source(x), 5, activation=activation), parameters={"l": {"weight": weight, "bias": bias}})
+    expected = np.einsum("...i,oi->...o", x.numpy(), weight.numpy()) + bias.numpy()
+    if activation:
+        expected = np.clip(expected, 0, 6 if activation == "relu6" else None)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_matmul_scales_the_product_of_two_activations(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(2, 3, 4, 5)
+    turned = L.permute("t", source(x), (0, 2, 1))
+    got = run(x, turned, L.matmul("m", source(x), port(turned), scale=0.25))
+    np.testing.assert_allclose(got.numpy(), 0.25 * np.einsum("bhik,bhjk->bhij", x, x), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norm(draw) -> None:  # type: ignore[no-untyped-def]
+    x, scale, bias = draw(2, 3, 8), draw(8), draw(8)
+    held = {"n": {"scale": scale, "bias": bias}}
+    got = run(x, L.layer_norm("n", source(x), epsilon=0.1), parameters=held).numpy()
+    a = x.numpy()
+    expected = (a - a.mean(-1, keepdims=True)) / np.sqrt(a.var(-1, keepdims=True) + 0.1) * scale.numpy() + bias.numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+FORMULAS = {
+    "relu": lambda v: max(v, 0.0),
+    "relu6": lambda v: min(max(v, 0.0), 6.0),
+    "hardswish": lambda v: v * min(max(v + 3.0, 0.0), 6.0) / 6.0,
+    "hardsigmoid": lambda v: min(max(v + 3.0, 0.0), 6.0) / 6.0,
+    "gelu": lambda v: v * 0.5 * (1.0 + math.erf(v / math.sqrt(2.0))),
+}
+
+
+@pytest.mark.parametrize("function", L.FREE_ACTIVATIONS)
+def test_free_activation_leaves_its_input_alone(function: str) -> None:
+    x = torch.linspace(-9, 9, 181).reshape(1, -1)
+    untouched = x.clone()
+    got = run(x, L.activation("a", source(x), function))
+    np.testing.assert_allclose(got[0], [FORMULAS[function](float(v)) for v in untouched[0]], rtol=1e-5, atol=1e-6)
+    assert torch.equal(x, untouched)
+
+
+def test_softmax_is_over_the_last_axis(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(2, 3, 5)
+    powers = np.exp(x.numpy().astype(np.float64))
+    expected = powers / powers.sum(-1, keepdims=True)
+    np.testing.assert_allclose(run(x, L.softmax("s", source(x))), expected, rtol=1e-5)
+
+
+def test_parameter_broadcasts_over_the_batch(draw) -> None:  # type: ignore[no-untyped-def]
+    x, value = draw(4, 3, 2), draw(3, 2)
+    constant = L.parameter("p", (3, 2))
+    got = run(x, constant, L.add("a", source(x), port(constant)), parameters={"p": {"value": value}})
+    np.testing.assert_array_equal(got, x.numpy() + value.numpy()[None])
+
+
+def test_global_average_pool(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(2, 3, 5, 4)
+    got = run(x, L.global_average_pool("p", source(x)))
+    assert got.shape == (2, 3, 1, 1)
+    np.testing.assert_allclose(got[..., 0, 0], x.numpy().mean((2, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_max_pool_against_a_loop(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(1, 2, 7, 6) - 5  # a zero of the padding would win
+    got = run(x, L.max_pool("p", source(x), kernel=3, stride=2))
+    for channel in range(2):
+        for i in range(got.shape[2]):
+            for j in range(got.shape[3]):
+                rows, columns = slice(max(0, 2 * i - 1), 2 * i + 2), slice(max(0, 2 * j - 1), 2 * j + 2)
+                assert float(got[0, channel, i, j]) == float(x[0, channel, rows, columns].max())
+
+
+def test_multiply_broadcasts_channels(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(2, 3, 4, 4)
+    pool = L.global_average_pool("p", source(x))
+    got = run(x, pool, L.multiply("m", source(x), port(pool)))
+    np.testing.assert_allclose(got, x.numpy() * x.numpy().mean((2, 3), keepdims=True), rtol=1e-5, atol=1e-6)
+
+
+def test_reshape_and_permute(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(2, 6, 4)
+    reshaped = L.reshape("r", source(x), (2, 3, 4))
+    got = run(x, reshaped, L.permute("p", port(reshaped), (2, 0, 1)))
+    np.testing.assert_array_equal(got, x.numpy().reshape(2, 2, 3, 4).transpose(0, 3, 1, 2))
+
+
+def residual_network(x: Tensor) -> tuple[Network, dict[str, dict[str, Tensor]]]:
+    """Linear layers with a shortcut over two of them, and a layer that reads one tensor twice."""
+    first = L.linear("first", source(x), 4, activation="relu")
+    second = L.linear("second", port(first), 4, activation="relu")
+    third = L.linear("third", port(second), 4)
+    shortcut = L.add("shortcut", port(first), port(third))
+    double = L.add("double", port(shortcut), port(shortcut))
+    last = L.linear("last", port(double), 2)
+    generator = torch.Generator().manual_seed(0)
+    held = {
+        layer.name: {n: torch.randn(s, generator=generator) for n, s in layer.parameter_shapes.items()}
+        for layer in (first, second, third, last)
+    }
+    return Network((3,), (first, second, third, shortcut, double, last)), held
+
+
+def test_residuals_against_numpy(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(5, 3)
+    network, held = residual_network(x)
+
+    def linear(name: str, value: np.ndarray) -> np.ndarray:
+        return value @ held[name]["weight"].numpy().T + held[name]["bias"].numpy()
+
+    first = np.maximum(linear("first", x.numpy()), 0)
+    expected = linear("last", 2 * (first + linear("third", np.maximum(linear("second", first), 0))))
+    got = execute(network, x, lambda layer: held.get(layer.name, {}), EVAL)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+class Watch:
+    """A tap that notes which earlier outputs are still alive when each layer has run."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, weakref.ref[Tensor]] = {}
+        self.alive: dict[str, set[str]] = {}
+
+    def read(self, layer: Layer, source: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def write(self, layer: Layer, tensor: Tensor) -> Tensor:
+        self.alive[layer.name] = {name for name, output in self.outputs.items() if output() is not None}
+        self.outputs[layer.name] = weakref.ref(tensor)
+        return tensor
+
+
+def test_dead_tensors_are_freed_and_live_ones_kept(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(5, 3)
+    network, held = residual_network(x)
+    watch = Watch()
+    with torch.no_grad():
+        execute(network, x, lambda layer: held.get(layer.name, {}), EVAL, watch)
+    assert watch.alive["third"] == {"first", "second"}
+    assert watch.alive["double"] == {"shortcut"}
+    assert watch.alive["last"] == {"double"}
+
+
+def test_images_of_another_shape_are_refused(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(1, 3)
+    network, held = residual_network(x)
+    with pytest.raises(ValueError, match=r"expected images of shape \(3,\), got \(4,\); resize"):
+        execute(network, draw(1, 4), lambda layer: held.get(layer.name, {}), EVAL)

@@ -1,0 +1,357 @@
+"""Runs: every stage once, again only when what it depends on changed, and after any death."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import nas
+from hardware_profiles import load_device
+from hardware_profiles.host_cpu import NoisyMachine
+from hardware_profiles.measurement import Measurement
+from nas.cli import main
+from nas.config import BadExperiment, DeviceSettings, read_experiment
+from nas.front import ParetoFront
+from nas.pipeline import Run, with_search
+from search_spaces import Architecture, MobileNet, SearchSpace
+from tests.nas import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan(folder: Path, **changed: Any) -> nas.Experiment:
+    return read_experiment(tiny.write_experiment(folder, **changed))
+
+
+def everything(run: Run) -> tuple[ParetoFront, dict[str, Any]]:
+    """All stages, as `nas run` does them."""
+    run.train()
+    front = run.search()
+    return front, run.export(run.chosen(front))[1]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which stages really did something."""
+    made: list[str] = []
+    pipeline = importlib.import_module("nas.pipeline")
+    trainer = importlib.import_module("nas.train")
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            made.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("search", "remeasure", "export", "profile"):
+        monkeypatch.setattr(pipeline, name, counted(name, getattr(pipeline, name)))
+    monkeypatch.setattr(trainer._Trainer, "_train_step", counted("step", trainer._Trainer._train_step))
+    return made
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """This machine, measured by formulas: nothing depends on how busy it is."""
+
+    def untrained(
+        space: SearchSpace, architectures: Sequence[Architecture], *_: Any, **__: Any
+    ) -> dict[str, Measurement]:
+        return {a.id: tiny.measurement(space.lower(a).macs * 1e-6 + 0.01) for a in architectures}
+
+    def deployed(models: Mapping[str, bytes], *_: Any, **__: Any) -> dict[str, Measurement]:
+        return {name: tiny.measurement(len(model) * 1e-5) for name, model in models.items()}
+
+    monkeypatch.setattr(importlib.import_module("nas.profile"), "measure_untrained", untrained)
+    for name in ("nas.remeasure", "nas.export"):
+        monkeypatch.setattr(importlib.import_module(name), "measure", deployed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+# stages --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_its_documented_files_and_a_second_does_nothing(tmp_path: Path, calls: list[str]) -> None:
+    folder = tmp_path / "run"
+    run = Run.create(folder, plan(tmp_path))
+    front, manifest = everything(run)
+    assert {"search", "remeasure", "export"} <= set(calls) and "profile" not in calls
+    assert {p.name for p in folder.iterdir()} >= {
+        "experiment.yaml",
+        "supernet",
+        "metrics.jsonl",
+        "study.db",
+        "front.json",
+        "exports",
+    }
+    assert ParetoFront.load(folder / "front.json") == front and len(front) >= 2
+    assert all(point.figures["accuracy"].origin == "measured" for point in front.points)
+    assert manifest["int8_macs_share"] >= 0.5
+    assert (folder / "exports" / manifest["id"] / "model.onnx").is_file()
+    held = yaml.safe_load((folder / "experiment.yaml").read_text())
+    assert held["versions"]["torch"] and held["search"]["trials"] == 24
+    stages = json.loads((folder / "stages.json").read_text())
+    assert {"train", "search", "measure", "export"} <= set(stages)
+    calls.clear()
+    assert everything(Run.create(folder, plan(tmp_path))) == (front, manifest)
+    assert everything(Run.open(folder)) == (front, manifest)
+    assert calls == []
+
+
+def test_accuracies_of_a_front_are_not_those_the_search_saw(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", plan(tmp_path))
+    run.train()
+    front = run.search()
+    for point in front.points:
+        architecture = run.space.parse(point.architecture)
+        assert point["accuracy"] == run.evaluator.accuracy(architecture, "val_front")
+        assert point.predicted["accuracy"].value == run.evaluator.accuracy(architecture, "val_search")
+
+
+def test_what_changed_is_done_again_and_nothing_else(tmp_path: Path, calls: list[str]) -> None:
+    folder = tmp_path / "run"
+    base = tiny.experiment(tmp_path)
+    first, manifest = everything(Run.create(folder, plan(tmp_path)))
+
+    calls.clear()
+    smaller = plan(tmp_path, export={"best": "latency_ms@toy", "limits": []})
+    front, other = everything(Run.create(folder, smaller))
+    assert calls == ["export"] and front == first and other["id"] != manifest["id"]
+
+    calls.clear()
+    longer = plan(tmp_path, search=base["search"] | {"trials": 30})
+    front, _ = everything(Run.create(folder, longer))
+    assert calls[:2] == ["search", "remeasure"] and "step" not in calls
+    assert len(front.points) + len(front.others) == 30
+
+    calls.clear()
+    everything(Run.create(folder, longer))
+    assert calls == []
+
+    (tmp_path / "other").mkdir()
+    other_device = plan(
+        tmp_path,
+        devices=[{"name": str(tiny.write_device(tmp_path / "other", threads=2))}],
+        search=base["search"] | {"trials": 30},
+    )
+    everything(Run.create(folder, other_device))
+    assert calls == ["search", "remeasure", "export"]
+
+    (folder / "front.json").write_text((folder / "front.json").read_text().replace("accuracy", "acuracy"))
+    calls.clear()
+    Run.create(folder, other_device).search()
+    assert calls == ["search", "remeasure"]  # what somebody else wrote is not taken for ours
+
+    for change in (
+        {"seed": 1},
+        {"train": base["train"] | {"epochs": 3}},
+        {"space": base["space"] | {"head_width": 24}},
+    ):
+        with pytest.raises(BadExperiment, match=f"holds another experiment: {next(iter(change))} differ"):
+            Run.create(folder, plan(tmp_path, **change))
+
+
+def test_a_search_with_other_limits_keeps_the_recipe(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", plan(tmp_path))
+    run.train()
+    macs = run.search().points[-1]["macs"]
+    limited = with_search(run, [f"macs<={macs - 1}", "latency_ms@toy<=5"], 0.95, 12)
+    front = limited.search()
+    assert all(point["macs"] < macs for point in front.points)
+    assert [limit.confidence for limit in front.limits][:2] == [None, 0.95]
+    assert Run.open(run.folder).experiment == run.experiment
+
+
+def test_a_live_device_is_profiled_once_and_its_front_is_measured(
+    tmp_path: Path, calls: list[str], machine: None
+) -> None:
+    host = {
+        "devices": [{"name": "host-cpu", "samples": 60}],
+        "search": {"objectives": ["accuracy", "latency_ms@host-cpu"], "trials": 12, "population": 4},
+        "export": {"best": "accuracy"},
+    }
+    run = Run.create(tmp_path / "run", plan(tmp_path, **host))
+    front, manifest = everything(run)
+    checks = run.check_predictors()
+    assert calls.count("profile") == 1 and front.noise == {"latency_ms@host-cpu": 0.0}
+    assert {p.figures["latency_ms@host-cpu"].origin for p in front.points} == {"measured"}
+    assert {p.predicted["latency_ms@host-cpu"].origin for p in front.points} == {"predicted"}
+    latency = manifest["devices"]["host-cpu"]["latency_ms"]
+    assert set(latency) == {"predicted", "measured"} and latency["measured"]["provenance"]["runtime"]
+    assert checks["host-cpu"]["median_error"] < 0.05
+    assert json.loads((run.folder / "devices" / "host-cpu.json").read_text())["report"]["networks"] >= 60
+    calls.clear()
+    again = Run.open(run.folder)
+    assert everything(again) == (front, manifest) and again.check_predictors() == checks
+    assert calls == []
+    changed, device = again.profile(DeviceSettings("host-cpu", 64))
+    assert calls == ["profile"] and Run.open(run.folder).experiment == changed.experiment
+    assert changed.experiment.devices == (DeviceSettings("host-cpu", 64),)
+    assert device.key != run.devices["host-cpu"].key
+
+
+def test_a_device_that_is_profiled_later_joins_the_run(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", plan(tmp_path))
+    joined, device = run.profile(DeviceSettings("stm32h743"))
+    assert device.name == "stm32h743"
+    assert [d.name for d in Run.open(run.folder).experiment.devices][1:] == ["stm32h743"]
+    assert set(joined.devices) == {"toy", "stm32h743"}
+
+
+def test_a_busy_machine_at_the_last_check_does_not_spoil_the_run(
+    tmp_path: Path, machine: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NoisyMachine("too slow just now")
+
+    monkeypatch.setattr(importlib.import_module("nas.pipeline"), "check_predictor", refuse)
+    host = {
+        "devices": [{"name": "host-cpu", "samples": 60}],
+        "search": {"objectives": ["accuracy", "latency_ms@host-cpu"], "trials": 8, "population": 4},
+        "export": {"best": "accuracy"},
+    }
+    path = tiny.write_experiment(tmp_path, **host)
+    assert main(["run", str(path), "--out", str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    assert "the predictors were not checked: too slow just now" in err
+    assert "non-dominated subnets" in out and "fresh subnets" not in out
+
+
+# the public interface ------------------------------------------------------------------------------------
+
+
+def test_the_interface_reads_as_documented(tmp_path: Path, machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = nas.load_data("digits")
+    space = MobileNet(
+        resolutions=(8,),
+        channels=data.channels,
+        classes=len(data.classes),
+        widths=(8, 16),
+        depths=(1, 2),
+        kernels=(3,),
+        expansions=(2,),
+        strides=(1, 2),
+        precisions=("int8",),  # the MCU has no fp32
+    )
+    supernet = nas.Supernet(space)
+    nas.train(supernet, data, strategy="sorted", epochs=2, seed=0, arithmetic="fp32")
+    cpu = nas.profile(space, load_device("host-cpu"), samples=60, seed=0)
+    mcu = nas.profile(space, load_device("stm32f746"))
+    front = nas.search(
+        supernet,
+        data,
+        objectives=[nas.maximize("accuracy"), nas.minimize("latency_ms", cpu)],
+        limits=[nas.at_most("sram_bytes", 327_680, mcu), nas.at_most("flash_bytes", 1_048_576, mcu)],
+        trials=20,
+        seed=0,
+    )
+    assert len(front.points) + len(front.others) == 20
+    chosen = front.best("accuracy", {"latency_ms@host-cpu": 2.0})
+    assert chosen["sram_bytes@stm32f746"] <= 327_680 and chosen["latency_ms@host-cpu"] <= 2.0
+    manifest: Any = nas.export(supernet, chosen, data, "exports/")
+    folder = tmp_path / "exports" / chosen.id
+    assert (folder / "model.onnx").is_file() and set(manifest["precisions"].values()) == {"int8"}
+    latency = manifest["devices"]["host-cpu"]["latency_ms"]
+    assert latency["measured"]["latency_ms"] > 0
+    assert latency["predicted"]["value"] == chosen["latency_ms@host-cpu"]
+    knee, frame = front.knee(), front.to_frame()
+    assert knee in front.points and len(frame) == len(front)
+    assert front.hypervolume({"accuracy": 0.0, "latency_ms@host-cpu": 10.0}) > 0
+    front.plot(tmp_path / "front.png")
+    again = nas.remeasure(front, nas.Evaluator(supernet, data), {"host-cpu": cpu, "stm32f746": mcu})
+    assert {p.figures["latency_ms@host-cpu"].origin for p in again.points} == {"measured"}
+
+
+# deaths --------------------------------------------------------------------------------------------------
+
+
+def start(path: Path, folder: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "nas.cli", "run", str(path), "--out", str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def killed_when(path: Path, folder: Path, reached: Callable[[], bool]) -> bool:
+    """Start a run and kill it as soon as the condition holds; False when it ended before."""
+    with start(path, folder) as child:
+        try:
+            deadline = time.monotonic() + 120
+            while child.poll() is None and time.monotonic() < deadline:
+                if reached():
+                    child.send_signal(signal.SIGKILL)
+                    return True
+                time.sleep(0.005)
+        finally:
+            child.kill()
+    return False
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_many_moments_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    path = tiny.write_experiment(tmp_path, train={"epochs": 6, "arithmetic": "fp32"})
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    with start(path, whole) as child:
+        out, err = child.communicate(timeout=300)
+        assert child.returncode == 0, err
+
+    def lines(name: str) -> int:
+        return len((folder / name).read_text().splitlines()) if (folder / name).exists() else 0
+
+    def grown(name: str, size: int) -> bool:
+        return (folder / name).exists() and (folder / name).stat().st_size >= size
+
+    def exporting() -> bool:
+        return (folder / "exports").exists()
+
+    moments: list[Callable[[], bool]] = [
+        lambda: (folder / "experiment.yaml").exists(),
+        lambda: lines("metrics.jsonl") >= 2,
+        lambda: lines("metrics.jsonl") >= 5,
+        lambda: (folder / "study.db").exists(),
+        lambda: grown("study.db-wal", 400_000),
+        lambda: grown("study.db-wal", 400_000) and time.time() - (folder / "study.db").stat().st_mtime > 1,
+        lambda: (folder / "front.json").exists(),
+        exporting,
+    ]
+    killed = [killed_when(path, folder, moment) for moment in moments]
+    assert sum(killed) >= 6
+    with start(path, folder) as child:
+        resumed, err = child.communicate(timeout=300)
+        assert child.returncode == 0, err
+    assert (folder / "front.json").read_bytes() == (whole / "front.json").read_bytes()
+    assert resumed.replace(str(folder), "") == out.replace(str(whole), "")
+    ids = [next((f / "exports").glob("[!.]*")) for f in (whole, folder)]
+    assert ids[0].name == ids[1].name
+    assert (ids[0] / "model.onnx").read_bytes() == (ids[1] / "model.onnx").read_bytes()
+    metrics = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, folder)]
+    assert metrics[0] == metrics[1]
+
+
+def test_an_export_that_died_halfway_is_made_anew(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", plan(tmp_path))
+    front, manifest = everything(run)
+    exported = run.folder / "exports" / manifest["id"]
+    (exported / "manifest.json").unlink()
+    _, again = run.export(run.chosen(front))
+    assert again == manifest and (exported / "manifest.json").is_file()
+    other = replace(run.chosen(front), id="0" * 10, architecture=str(run.space.smallest))
+    assert np.isclose(run.export(other, tmp_path / "elsewhere")[1]["macs"], run.space.lower(run.space.smallest).macs)

@@ -1,0 +1,157 @@
+"""Fronts measured anew: on which images, with which noise, and what stays on them."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import nas
+from hardware_profiles import load_device
+from hardware_profiles.measurement import Measurement
+from nas.costs import Figure, Infeasible, ProfiledDevice, at_most, maximize, minimize
+from nas.front import Evaluation, ParetoFront
+from nas.search import Evaluator
+from search_spaces import Architecture
+from tests.nas import tiny
+
+module = importlib.import_module("nas.remeasure")
+KEY = "latency_ms@host-cpu"
+
+
+@dataclass
+class Bench:
+    """Stands for the machine: the time of a model is its size, and repeats by a factor of its own for each."""
+
+    repeats: Mapping[str, float]
+    calls: int = 0
+    models: Mapping[str, bytes] | None = None
+
+    def __call__(self, models: Mapping[str, bytes], device: Any, **_: Any) -> dict[str, Measurement]:
+        self.calls += 1
+        self.models = models
+        slower = self.calls % 2 == 0
+        return {
+            name: tiny.measurement(size_ms(model) * (self.repeats.get(name, 1.0) if slower else 1.0))
+            for name, model in models.items()
+        }
+
+
+def size_ms(model: bytes) -> float:
+    return len(model) / 1e4
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    return Evaluator(tiny.supernet(), tiny.data())
+
+
+@pytest.fixture(scope="module")
+def found(evaluator: Evaluator) -> ParetoFront:
+    """A search that believed in MACs as latencies."""
+    space = evaluator.supernet.space
+    rng = np.random.default_rng(0)
+    evaluations = []
+    for architecture in dict.fromkeys([space.smallest, space.largest, *(space.sample(rng) for _ in range(20))]):
+        network = space.lower(architecture)
+        figures = {
+            "accuracy": Figure.share(tiny.formula(architecture, "val_search"), 48),
+            KEY: Figure(network.macs * 1e-6, network.macs * 0.9e-6, network.macs * 1.1e-6, "predicted"),
+            "macs": Figure.exact(network.macs),
+        }
+        evaluations.append(Evaluation(architecture.id, str(architecture), figures, network.precisions))
+    return ParetoFront.of(
+        evaluations, [maximize("accuracy"), minimize("latency_ms", "host-cpu")], space=space.name, supernet_sha256="x"
+    )
+
+
+@pytest.fixture(scope="module")
+def host() -> ProfiledDevice:
+    return ProfiledDevice(load_device("host-cpu"))
+
+
+def test_the_front_is_that_of_held_out_images_and_measured_latencies(
+    evaluator: Evaluator, found: ParetoFront, host: ProfiledDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = (*found.points, *found.others)
+    bench = Bench({e.id: 1 + 0.002 * i for i, e in enumerate(everything)})
+    monkeypatch.setattr(module, "measure", bench)
+    front = nas.remeasure(found, evaluator, {"host-cpu": host})
+    assert bench.calls == 2 and bench.models is not None and set(bench.models) == {e.id for e in everything}
+    differences = [0.002 * i / (1 + 0.001 * i) for i in range(len(everything))]
+    assert front.noise == {KEY: pytest.approx(np.quantile(differences, 0.9))}
+    noise = front.noise[KEY]
+    before = {e.id: e for e in everything}
+    for point in (*front.points, *front.others):
+        i = list(before).index(point.id)
+        mean = size_ms(bench.models[point.id]) * (1 + 0.001 * i)
+        latency = point.figures[KEY]
+        assert latency.value == pytest.approx(mean) and latency.origin == "measured"
+        assert (latency.low, latency.high) == pytest.approx((mean * (1 - noise), mean * (1 + noise)))
+        architecture = evaluator.supernet.space.parse(point.architecture)
+        assert point["accuracy"] == evaluator.accuracy(architecture, "val_front")
+        assert point.figures["accuracy"] == Figure.share(point["accuracy"], len(tiny.data()["val_front"]))
+        assert point.predicted == {key: before[point.id].figures[key] for key in ("accuracy", KEY)}
+        assert point.figures["macs"] == before[point.id].figures["macs"]
+    for a, b in itertools.pairwise(front.points):
+        margin = noise * max(a[KEY], b[KEY])
+        assert a["accuracy"] != b["accuracy"] or abs(a[KEY] - b[KEY]) > margin
+    beaten = {
+        p.id
+        for p in front.points
+        for o in (*front.points, *front.others)
+        if o["accuracy"] > p["accuracy"] and o[KEY] * (1 + noise) < p[KEY] * (1 - noise)
+    }
+    assert not beaten
+    assert front.supernet_sha256 == "x" and front.space == found.space
+    assert len(front.points) + len(front.others) == len(everything)
+
+
+def test_models_are_measured_as_they_would_be_deployed(
+    evaluator: Evaluator, found: ParetoFront, host: ProfiledDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench({})
+    monkeypatch.setattr(module, "measure", bench)
+    front = nas.remeasure(found, evaluator, {"host-cpu": host}, candidates=3)
+    assert bench.models is not None and len(bench.models) == 3
+    for evaluation in (e for e in (*front.points, *front.others) if e.id in bench.models):
+        nodes = onnx.load_from_string(bench.models[evaluation.id]).graph.node
+        quantized = any(node.op_type == "QuantizeLinear" for node in nodes)
+        assert quantized == ("int8" in evaluation.precisions.values())
+    assert len(front.points) + len(front.others) == len(found.points) + len(found.others)
+    kept = [e for e in front.others if e.id not in bench.models]
+    assert all(e.figures[KEY].origin == "predicted" for e in kept)
+
+
+def test_without_a_live_device_only_accuracy_is_new(found: ParetoFront) -> None:
+    space = tiny.space()
+    fake = tiny.FakeEvaluator(space)
+    fake.supernet = SimpleNamespace(space=space)  # type: ignore[attr-defined]
+    everything: Any = (*found.points, *found.others)
+    plain = ParetoFront.of(everything, [maximize("accuracy"), minimize("macs")])
+    front = nas.remeasure(plain, fake, {})  # type: ignore[arg-type]
+    assert front.noise is None
+    assert {split for _, split in fake.asked} == {"val_front"}
+    for point in front.points:
+        architecture: Architecture = space.parse(point.architecture)
+        assert point.figures["accuracy"] == Figure.share(tiny.formula(architecture, "val_front"), 500)
+        assert point.figures[KEY].origin == "predicted"
+
+
+def test_a_front_that_misses_its_limits_once_measured_is_infeasible(
+    evaluator: Evaluator, found: ParetoFront, host: ProfiledDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "measure", Bench({}))
+    limited = ParetoFront.of(
+        (*found.points, *found.others), found.objectives, limits=[at_most("latency_ms", 0.1, "host-cpu")]
+    )
+    assert limited.points
+    with pytest.raises(Infeasible, match=r"once measured, .*what binds is latency_ms@host-cpu<=0\.1.*nearest"):
+        nas.remeasure(limited, evaluator, {"host-cpu": host}, candidates=2)

@@ -1,0 +1,485 @@
+"""The search: what it evaluates, in which order, under which limits, and how it goes on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+import nas
+from hardware_profiles import load_device
+from nas.costs import Infeasible, ProfiledDevice, UnknownFigure, at_least, at_most, maximize, minimize
+from nas.search import Costs, Evaluator, devices_of, storage_url, study_name
+from search_spaces import Architecture, SearchSpace
+from tests.nas import tiny
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> ProfiledDevice:
+    return ProfiledDevice(tiny.device(tmp_path))
+
+
+def run(
+    evaluator: tiny.FakeEvaluator, objectives: list[Any], limits: list[Any] | None = None, **options: Any
+) -> nas.ParetoFront:
+    settings = {"trials": 40, "population": 8} | options
+    net: Any = _Net(evaluator.space)
+    return nas.search(net, None, objectives, limits or [], evaluator=evaluator, **settings)  # type: ignore[arg-type]
+
+
+class _Net:
+    """Stands for a supernet where only its space is asked for."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+
+
+def enumerate_space(space: SearchSpace) -> set[Architecture]:
+    """Every architecture, by breadth-first search from the smallest."""
+    found, queue = {space.smallest}, [space.smallest]
+    while queue:
+        for relative in space.neighbours(queue.pop()):
+            if relative not in found:
+                found.add(relative)
+                queue.append(relative)
+    return found
+
+
+SMALL = {"depths": (1,), "expansions": (1,), "strides": (1,), "widths": (8,)}
+
+
+# what is evaluated ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+def test_nothing_is_evaluated_twice_and_the_extremes_always_are(
+    sampler: str, objectives: int, toy: ProfiledDevice
+) -> None:
+    evaluator = tiny.FakeEvaluator(tiny.space())
+    wanted = [maximize("accuracy"), minimize("latency_ms", toy), minimize("model_bytes")][:objectives]
+    front = run(evaluator, wanted, sampler=sampler)
+    asked = [architecture for architecture, _ in evaluator.asked]
+    assert len(asked) == len(set(asked)) == 40
+    assert {split for _, split in evaluator.asked} == {"val_search"}
+    ends = (evaluator.space.smallest, evaluator.space.largest)
+    assert {evaluator.space.with_precision(end, p) for end in ends for p in ("fp32", "int8")} <= set(asked)
+    by_text = {str(a): a for a in asked}
+    for point in (*front.points, *front.others):
+        assert point["accuracy"] == tiny.formula(by_text[point.architecture], "val_search")
+        assert point["macs"] == evaluator.space.lower(by_text[point.architecture]).macs
+    assert len(front.points) + len(front.others) == 40
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+def test_a_small_space_is_used_up_exactly(sampler: str) -> None:
+    space = tiny.space(**SMALL)
+    everything = enumerate_space(space)
+    assert len(everything) == space.size < 200
+    evaluator = tiny.FakeEvaluator(space)
+    front = run(evaluator, [maximize("accuracy"), minimize("macs")], sampler=sampler, trials=10_000)
+    asked = [architecture for architecture, _ in evaluator.asked]
+    assert len(asked) == len(everything) and set(asked) == everything
+    best = max(tiny.formula(a, "val_search") for a in everything)
+    assert max(point["accuracy"] for point in front.points) == best
+
+
+def test_with_two_trials_it_is_the_smallest_and_the_largest() -> None:
+    evaluator = tiny.FakeEvaluator(tiny.space(precisions=("fp32",)))
+    run(evaluator, [maximize("accuracy"), minimize("macs")], trials=2)
+    assert [a for a, _ in evaluator.asked] == [evaluator.space.smallest, evaluator.space.largest]
+
+
+def test_a_front_is_that_of_all_that_was_evaluated() -> None:
+    evaluator = tiny.FakeEvaluator(tiny.space())
+    front = run(evaluator, [maximize("accuracy"), minimize("macs")], trials=60)
+    values = {str(a): (tiny.formula(a, "val_search"), evaluator.space.lower(a).macs) for a, _ in evaluator.asked}
+    best = {
+        text
+        for text, (accuracy, macs) in values.items()
+        if not any(x >= accuracy and y <= macs and (x, y) != (accuracy, macs) for x, y in values.values())
+    }
+    assert {point.architecture for point in front.points} <= best
+    assert {values[point.architecture] for point in front.points} == {values[text] for text in best}
+
+
+def test_accuracies_have_the_interval_of_their_images() -> None:
+    front = run(tiny.FakeEvaluator(tiny.space()), [maximize("accuracy"), minimize("macs")], trials=4)
+    figure = front.points[0].figures["accuracy"]
+    assert figure.origin == "measured" and figure.low < figure.value < figure.high  # type: ignore[operator]
+
+
+# limits --------------------------------------------------------------------------------------------------
+
+
+def test_what_breaks_a_limit_is_not_run_and_not_on_the_front(toy: ProfiledDevice) -> None:
+    evaluator = tiny.FakeEvaluator(tiny.space())
+    space = evaluator.space
+    bound = float(np.median([space.lower(space.sample(np.random.default_rng(i))).macs for i in range(40)]))
+    latencies = sorted(
+        toy.figure(space.lower(space.sample(np.random.default_rng(i))), "latency_ms").value for i in range(40)
+    )
+    limits = [at_most("macs", bound), at_most("latency_ms", latencies[20], toy, confidence=0.95)]
+    front = run(evaluator, [maximize("accuracy"), minimize("latency_ms", toy)], limits, trials=60)
+    asked = [a for a, _ in evaluator.asked]
+    assert 0 < len(asked) < 60
+    for architecture in asked:
+        network = space.lower(architecture)
+        assert network.macs <= bound
+        assert 1.1 * toy.figure(network, "latency_ms").value <= latencies[20]
+    assert {p.architecture for p in (*front.points, *front.others)} == {str(a) for a in asked}
+
+
+def test_a_limit_on_accuracy_is_judged_once_it_is_known() -> None:
+    evaluator = tiny.FakeEvaluator(tiny.space())
+    front = run(evaluator, [minimize("macs"), maximize("accuracy")], [at_least("accuracy", 0.6)])
+    assert len(evaluator.asked) == 40
+    assert all(point["accuracy"] >= 0.6 for point in (*front.points, *front.others))
+    with pytest.raises(Infeasible, match=r"what binds is accuracy>=0\.99.*The nearest reachable point is"):
+        run(evaluator, [minimize("macs")], [at_least("accuracy", 0.99)])
+
+
+def test_limits_out_of_reach_are_told_before_anything_runs(toy: ProfiledDevice) -> None:
+    evaluator = tiny.FakeEvaluator(tiny.space())
+    smallest = min(evaluator.space.lower(a).macs for a in (evaluator.space.smallest,))
+    with pytest.raises(Infeasible) as caught:
+        run(evaluator, [maximize("accuracy")], [at_most("macs", 10), at_most("params", 1e9)])
+    assert "what binds is macs<=10. The nearest reachable point is" in str(caught.value)
+    assert f"macs={smallest}" in str(caught.value)
+    assert not evaluator.asked
+
+
+def test_limits_that_few_architectures_meet_are_met() -> None:
+    space = tiny.space()
+    evaluator = tiny.FakeEvaluator(space)
+    target = space.lower(space.with_precision(space.largest, "fp32")).macs
+    front = run(evaluator, [minimize("model_bytes")], [at_least("macs", target)], trials=8)
+    assert all(point["macs"] >= target for point in front.points)
+
+
+def test_the_memory_of_a_device_is_a_limit_of_its_own(tmp_path: Path) -> None:
+    space = tiny.space()
+    needed = sorted(space.lower(space.sample(np.random.default_rng(i))).model_bytes for i in range(30))
+    limits = {
+        "sram_bytes": {"value": 1_000_000, "source": "made up"},
+        "flash_bytes": {"value": needed[15], "source": "made up"},
+    }
+    device = ProfiledDevice(tiny.device(tmp_path, limits=limits))
+    evaluator = tiny.FakeEvaluator(space)
+    front = run(evaluator, [maximize("accuracy"), minimize("latency_ms", device)])
+    assert 0 < len(evaluator.asked) < 40
+    assert all(space.lower(a).model_bytes <= needed[15] for a, _ in evaluator.asked)
+    assert [str(limit) for limit in front.limits] == ["sram_bytes@toy<=1000000", f"flash_bytes@toy<={needed[15]}"]
+    assert all(point["flash_bytes@toy"] == point["model_bytes"] for point in front.points)
+    free = run(tiny.FakeEvaluator(space), [maximize("accuracy")], devices=[device])  # profiled, but nobody asks
+    assert not free.limits
+    tight = limits | {"sram_bytes": {"value": 10, "source": "made up"}}
+    with pytest.raises(Infeasible, match="what binds is sram_bytes@toy<=10"):
+        run(evaluator, [minimize("latency_ms", ProfiledDevice(tiny.device(tmp_path, limits=tight)))])
+
+
+def test_only_precisions_of_all_devices_are_tried(toy: ProfiledDevice) -> None:
+    mcu = load_device("stm32f746")
+    evaluator = tiny.FakeEvaluator(tiny.space())
+    front = run(evaluator, [maximize("accuracy"), minimize("latency_ms", mcu), minimize("latency_ms", toy)])
+    assert len(evaluator.asked) == 40
+    assert {p for point in front.points for p in point.precisions.values()} == {"int8"}
+    assert front.points[0].figures["latency_ms@stm32f746"].high is None
+    phone = load_device("adreno540")  # has no int8
+    with pytest.raises(Infeasible, match="no architecture is legal on stm32f746, adreno540: together they run nothing"):
+        run(evaluator, [minimize("latency_ms", mcu), minimize("latency_ms", phone)])
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+def test_what_a_device_cannot_run_is_infinite_and_never_on_the_front(sampler: str, tmp_path: Path) -> None:
+    """The device runs fp32 and int8 convolutions, but adds no integers: int8 residuals are out."""
+    kinds = {kind: ["fp32", "int8"] for kind in ("conv2d", "linear", "pool", "reshape")} | {"add": ["fp32"]}
+    device = ProfiledDevice(tiny.device(tmp_path, precisions={"source": "made up", "value": kinds}))
+    evaluator = tiny.FakeEvaluator(tiny.space())
+    storage = optuna.storages.InMemoryStorage()
+    front = run(evaluator, [maximize("accuracy"), minimize("latency_ms", device)], sampler=sampler, storage=storage)
+    for architecture, _ in evaluator.asked:
+        assert not device.profile.illegal_layers(evaluator.space.lower(architecture))
+    assert all(math.isfinite(point["latency_ms@toy"]) for point in (*front.points, *front.others))
+    study = optuna.load_study(study_name=None, storage=storage)
+    illegal = [t for t in study.trials if t.state == TrialState.COMPLETE and t.constraints["legal@toy"] > 0]
+    assert illegal and all(math.isinf(t.values[1]) for t in illegal)
+
+
+def test_a_space_that_no_device_layer_covers_says_which(tmp_path: Path) -> None:
+    space = tiny.space(nonlinearity="hardswish", precisions=("int8",))
+    with pytest.raises(Infeasible, match="stm32f746 runs no fp32 activation hardswish"):
+        run(tiny.FakeEvaluator(space), [minimize("latency_ms", load_device("stm32f746"))])
+
+
+# refusals ------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_searched_is_refused_first(toy: ProfiledDevice) -> None:
+    evaluator = tiny.FakeEvaluator(tiny.space())
+    host = load_device("host-cpu")
+    cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (UnknownFigure, "not profiled yet; use nas.profile", {"objectives": [minimize("latency_ms", host)]}),
+        (UnknownFigure, "'cpu' is not profiled", {"objectives": [minimize("latency_ms", "cpu")]}),
+        (ValueError, "0 objectives", {"objectives": []}),
+        (ValueError, "given twice", {"objectives": [minimize("macs"), minimize("macs")]}),
+        (ValueError, "expected one of nsga2, tpe, random", {"objectives": [minimize("macs")], "sampler": "cma"}),
+        (ValueError, "cannot open the study storage", {"objectives": [minimize("macs")], "storage": "no such thing"}),
+        (ValueError, "cannot open the study storage", {"objectives": [minimize("macs")], "storage": "nosuch://db"}),
+        (ValueError, "not both", {"objectives": [minimize("macs")], "settings": nas.SearchSettings()}),
+        (TypeError, "trails", {"objectives": [minimize("macs")], "trails": 3}),
+    ]
+    for kind, said, given in cases:
+        with pytest.raises(kind, match=said):
+            run(evaluator, **given)
+    assert not evaluator.asked
+
+
+def test_two_devices_of_one_name_are_told_apart(tmp_path: Path, toy: ProfiledDevice) -> None:
+    other = ProfiledDevice(tiny.device(tmp_path, threads=2))
+    with pytest.raises(ValueError, match="two different devices are called 'toy'"):
+        devices_of([minimize("latency_ms", toy), at_most("sram_bytes", 5, other)], [])
+    assert devices_of([minimize("latency_ms", toy)], [toy, ProfiledDevice(load_device("stm32f746"))]) == {"toy": toy}
+
+
+# going on ------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a process that dies in the middle of an evaluation."""
+
+
+class Mortal(tiny.FakeEvaluator):
+    def __init__(self, space: SearchSpace, lives: int) -> None:
+        super().__init__(space)
+        self.lives = lives
+
+    def accuracy(self, architecture: Architecture, split: str) -> float:
+        self.lives -= 1
+        if self.lives < 0:
+            raise Killed
+        return super().accuracy(architecture, split)
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+def test_a_search_that_was_killed_ends_like_one_that_was_not(sampler: str, tmp_path: Path, toy: ProfiledDevice) -> None:
+    space = tiny.space()
+    objectives = [maximize("accuracy"), minimize("latency_ms", toy), minimize("model_bytes")]
+    whole = tiny.FakeEvaluator(space)
+    trials = 25 if sampler == "random" else 45  # in SQLite, which is slow
+    expected = run(whole, objectives, sampler=sampler, trials=trials, population=6)
+    storage = storage_url(tmp_path) if sampler == "random" else optuna.storages.InMemoryStorage()
+    asked, starts = [], 0
+    while True:
+        evaluator = Mortal(space, 1 + (7 * starts) % 11)
+        starts += 1
+        try:
+            front = run(evaluator, objectives, sampler=sampler, trials=trials, population=6, storage=storage)
+        except Killed:
+            asked += evaluator.asked
+            continue
+        asked += evaluator.asked
+        break
+    assert starts > 4
+    assert asked == whole.asked
+    assert front == expected
+
+
+def test_it_goes_on_where_it_died_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between putting a trial in the queue and asking for it, and right after a trial was told."""
+    space = tiny.space(**SMALL)
+    objectives = [maximize("accuracy"), minimize("macs")]
+    whole = tiny.FakeEvaluator(space)
+    expected = run(whole, objectives, trials=70)
+    real = {"ask": optuna.Study.ask, "tell": optuna.Study.tell}
+    storage = optuna.storages.InMemoryStorage()
+    left = 0
+
+    def mortal(name: str) -> Any:
+        def call(study: optuna.Study, *args: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0 and name == "ask":
+                raise Killed
+            result = real[name](study, *args, **options)
+            if left < 0:
+                raise Killed
+            return result
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(optuna.Study, name, mortal(name))
+    asked = []
+    for lives in (3, 1, 9, 20, 45, 2, 30, 1000):
+        left = lives
+        evaluator = tiny.FakeEvaluator(space)
+        try:
+            front = run(evaluator, objectives, trials=70, storage=storage)
+        except Killed:
+            continue
+        finally:
+            asked += evaluator.asked
+    assert front == expected
+    assert set(asked) == set(whole.asked)
+    assert len(asked) - len(set(asked)) <= 7  # at most what was under way at each of the seven deaths
+
+
+def test_more_trials_go_on_and_another_search_starts_anew() -> None:
+    space, storage = tiny.space(), optuna.storages.InMemoryStorage()
+    objectives = [maximize("accuracy"), minimize("macs")]
+    counts = []
+    for key, limits, trials in [
+        ("one", [], 20),
+        ("one", [], 30),
+        ("one", [], 30),
+        ("two", [], 20),
+        ("one", [at_most("params", 10**9)], 20),
+    ]:
+        evaluator = tiny.FakeEvaluator(space, key)
+        run(evaluator, objectives, limits, trials=trials, storage=storage)
+        counts.append(len(evaluator.asked))
+    assert counts == [20, 10, 0, 20, 20]
+
+
+def test_the_study_is_named_after_all_its_values_depend_on(tmp_path: Path, toy: ProfiledDevice) -> None:
+    evaluator: Any = tiny.FakeEvaluator(tiny.space())
+    slower = ProfiledDevice(tiny.device(tmp_path, threads=2))
+    base: dict[str, Any] = {
+        "evaluator": evaluator,
+        "objectives": [maximize("accuracy"), minimize("latency_ms", "toy")],
+        "limits": [at_most("macs", 1_048_576)],
+        "devices": {"toy": toy},
+        "settings": nas.SearchSettings(),
+        "seed": 0,
+    }
+    changes: list[dict[str, Any]] = [
+        {},
+        {"evaluator": tiny.FakeEvaluator(tiny.space(), "other weights")},
+        {"objectives": [maximize("accuracy"), maximize("latency_ms", "toy")]},
+        {"limits": [at_most("macs", 1_048_577)]},
+        {"limits": [at_least("macs", 1_048_576)]},
+        {"devices": {"toy": slower}},
+        {"settings": nas.SearchSettings(sampler="tpe")},
+        {"settings": nas.SearchSettings(population=9)},
+        {"seed": 1},
+    ]
+    names = [study_name(**(base | change)) for change in changes]
+    assert len(set(names)) == len(names)
+    assert study_name(**(base | {"settings": nas.SearchSettings(trials=7)})) == names[0]
+
+
+def test_the_key_of_an_evaluator_knows_weights_data_and_calibration() -> None:
+    keys = [
+        Evaluator(tiny.supernet(), tiny.data()).key,
+        Evaluator(tiny.supernet(), tiny.data()).key,
+        Evaluator(tiny.supernet(1), tiny.data()).key,
+        Evaluator(tiny.supernet(), tiny.data(count=243)).key,
+        Evaluator(tiny.supernet(), tiny.data(), calibration=32).key,
+    ]
+    assert keys[0] == keys[1] and len(set(keys)) == 4
+
+
+# storages ------------------------------------------------------------------------------------------------
+
+
+def test_the_study_is_an_ordinary_one(tmp_path: Path, toy: ProfiledDevice) -> None:
+    evaluator = tiny.FakeEvaluator(tiny.space())
+    limit = at_most(
+        "macs",
+        float(
+            np.median([evaluator.space.lower(evaluator.space.sample(np.random.default_rng(i))).macs for i in range(40)])
+        ),
+    )
+    run(evaluator, [maximize("accuracy"), minimize("latency_ms", toy)], [limit], storage=storage_url(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    assert len(complete) == 40
+    for trial in complete:
+        architecture = evaluator.space.parse(trial.user_attrs["architecture"])
+        macs = evaluator.space.lower(architecture).macs
+        assert trial.constraints[str(limit)] == pytest.approx((macs - limit.value) / limit.value)
+        if macs <= limit.value:
+            assert trial.values[0] == tiny.formula(architecture, "val_search")
+        else:
+            assert "accuracy" not in trial.user_attrs["figures"]
+    assert all(max(t.constraints.values()) <= 0 for t in study.best_trials)
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "journal", "object"])
+def test_any_storage_gives_the_same_front(kind: str, tmp_path: Path) -> None:
+    storages: dict[str, Any] = {
+        "memory": None,
+        "sqlite": storage_url(tmp_path),
+        "journal": f"journal://{tmp_path / 'study.log'}",
+        "object": optuna.storages.InMemoryStorage(),
+    }
+    objectives = [maximize("accuracy"), minimize("macs")]
+    expected = run(tiny.FakeEvaluator(tiny.space()), objectives)
+    first, again = tiny.FakeEvaluator(tiny.space()), tiny.FakeEvaluator(tiny.space())
+    assert run(first, objectives, storage=storages[kind]) == expected
+    assert run(again, objectives, storage=storages[kind]) == expected
+    assert len(again.asked) == (40 if kind == "memory" else 0)
+
+
+def test_the_same_seed_searches_the_same() -> None:
+    fronts = [
+        run(tiny.FakeEvaluator(tiny.space()), [maximize("accuracy"), minimize("macs")], seed=s) for s in (1, 1, 2)
+    ]
+    assert fronts[0] == fronts[1] != fronts[2]
+
+
+# real evaluation -----------------------------------------------------------------------------------------
+
+
+def test_accuracy_is_that_of_the_network_that_would_be_exported() -> None:
+    """Against onnxruntime on the same split, for fp32 and int8."""
+    import onnxruntime
+
+    from hardware_profiles.onnx_writer import write_onnx
+
+    data, net = tiny.data(), tiny.supernet()
+    evaluator = Evaluator(net, data)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for precision in ("fp32", "int8"):
+        architecture = net.space.with_precision(net.space.largest, precision)
+        deployed = evaluator.deploy(architecture)
+        model = write_onnx(
+            deployed.folded.network, deployed.folded.weights(), deployed.ranges, weight_limit=evaluator.weight_limit
+        )
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        split = data["val_front"]
+        correct = 0
+        for x, labels in data.batches("val_front", 8):
+            correct += int((session.run(None, {"input": x.numpy()})[0].argmax(1) == labels.numpy()).sum())
+        assert evaluator.accuracy(architecture, "val_front") == pytest.approx(
+            correct / len(split), abs=1.5 / len(split)
+        )
+
+
+def test_descending_finds_what_random_architectures_miss() -> None:
+    space = tiny.space()
+    macs = space.lower(space.smallest).macs
+    bytes_ = space.lower(space.with_precision(space.smallest, "int8")).model_bytes
+    costs = Costs(space, [maximize("accuracy")], [at_most("macs", macs), at_most("model_bytes", bytes_)], {})
+    found = space.lower(costs.feasible_architecture(0))
+    assert found.macs <= macs and found.model_bytes <= bytes_
