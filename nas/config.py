@@ -19,6 +19,7 @@ from nas.costs import Limit, Objective, check_confidence, check_objectives, pars
 from nas.profile import FEWEST_SAMPLES
 from nas.search import SearchSettings
 from nas.train import TrainSettings
+from search_spaces import FAMILIES
 
 RECIPES = Path(__file__).parent.parent / "experiments"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -116,7 +117,7 @@ class Experiment:
         if self.seed < 0:
             raise BadExperiment(f"seed: expected 0 or more, got {self.seed}")
         if not isinstance(self.space.get("family"), str):
-            raise BadExperiment("space.family is missing; expected the name of a family, such as mobilenet")
+            raise BadExperiment(f"space.family is missing; expected one of {', '.join(FAMILIES)}")
         strange = [key for key in self.space if not isinstance(key, str)]
         if strange:
             raise BadExperiment(f"space: expected names as keys, got {strange[0]!r}")

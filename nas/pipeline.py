@@ -214,15 +214,13 @@ class Run:
             if device.predictor is None:
                 continue
             path = self.folder / "devices" / f"{name}.check.json"
-            if path.exists() and read_json(path).get("predictor") == device.key:
-                found[name] = read_json(path)["check"]
-                continue
-            with stage(self.folder, "check"):
-                checked = check_predictor(
-                    self.space, device, seed=self.experiment.seed + 1, patience_s=self.experiment.patience_s
-                )
-            write_json(path, {"predictor": device.key, "check": asdict(checked)})
-            found[name] = asdict(checked)
+            if not path.exists() or read_json(path).get("predictor") != device.key:
+                with stage(self.folder, "check"):
+                    checked = check_predictor(
+                        self.space, device, seed=self.experiment.seed + 1, patience_s=self.experiment.patience_s
+                    )
+                write_json(path, {"predictor": device.key, "check": asdict(checked)})
+            found[name] = read_json(path)["check"]
         return found
 
     @property

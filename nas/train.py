@@ -14,20 +14,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nas.checkpoints import load_checkpoint, save_checkpoint
 from nas.data import Data, augment
 from nas.evaluate import accuracy, calibration_images, recalibrate
 from nas.files import write_text
+from nas.progress import progress_bar
 from nas.strategies import LARGEST_SET, STRATEGIES, Strategy
 from nas.supernet import Supernet
 from search_spaces import Architecture, SearchSpace
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +167,7 @@ class _Trainer:
         if self.arithmetic == "auto":
             self.arithmetic = self._fastest_arithmetic()
         saved = time.monotonic()
-        with tqdm(total=self.steps, initial=self.step, desc="train", unit="step", smoothing=0.02) as bar:
+        with progress_bar(total=self.steps, initial=self.step, desc="train", unit="step", smoothing=0.02) as bar:
             while self.step < self.steps:
                 epoch = self.step // self.steps_an_epoch
                 for batches in self._epoch(epoch):
@@ -234,6 +238,8 @@ class _Trainer:
         seconds: dict[str, float] = {}
         for _ in range(3):  # interleaved, and the best of three, since machines have slow moments
             for arithmetic in ARITHMETICS:
+                if seconds.get(arithmetic, 0.0) > 2 * min(seconds.values(), default=0.0):
+                    continue  # bf16 without hardware for it is many times slower: once is enough to know
                 start = time.perf_counter()
                 for architecture in architectures:
                     self._loss(trial, pixels, labels, architecture, arithmetic).backward()
@@ -247,7 +253,7 @@ class _Trainer:
 
     # around the steps ----------------------------------------------------------------------------------
 
-    def _show(self, bar: tqdm[object], loss: float) -> None:
+    def _show(self, bar: tqdm[Any], loss: float) -> None:
         if self.step % 10 and self.step != self.steps:
             return
         rate = bar.format_dict["rate"] or 0.0

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# The networks of tests are too small for two threads to share, and beside other work two threads wait for each
+# other: set before anything imports torch, and handed down to the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:

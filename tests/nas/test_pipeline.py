@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,20 @@ def everything(run: Run) -> tuple[ParetoFront, dict[str, Any]]:
     run.train()
     front = run.search()
     return front, run.export(run.chosen(front))[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run in `run`; its tests work on copies."""
+    folder = tmp_path_factory.mktemp("finished")
+    everything(Run.create(folder / "run", plan(folder)))
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Run:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return Run.open(tmp_path / "run")
 
 
 @pytest.fixture
@@ -111,22 +126,19 @@ def test_a_run_has_its_documented_files_and_a_second_does_nothing(tmp_path: Path
     assert calls == []
 
 
-def test_accuracies_of_a_front_are_not_those_the_search_saw(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", plan(tmp_path))
-    run.train()
-    front = run.search()
-    for point in front.points:
+def test_accuracies_of_a_front_are_not_those_the_search_saw(run: Run) -> None:
+    for point in run.front.points:
         architecture = run.space.parse(point.architecture)
         assert point["accuracy"] == run.evaluator.accuracy(architecture, "val_front")
         assert point.predicted["accuracy"].value == run.evaluator.accuracy(architecture, "val_search")
 
 
-def test_what_changed_is_done_again_and_nothing_else(tmp_path: Path, calls: list[str]) -> None:
+def test_what_changed_is_done_again_and_nothing_else(run: Run, tmp_path: Path, calls: list[str]) -> None:
     folder = tmp_path / "run"
     base = tiny.experiment(tmp_path)
-    first, manifest = everything(Run.create(folder, plan(tmp_path)))
+    first, manifest = everything(run)
+    assert calls == []
 
-    calls.clear()
     smaller = plan(tmp_path, export={"best": "latency_ms@toy", "limits": []})
     front, other = everything(Run.create(folder, smaller))
     assert calls == ["export"] and front == first and other["id"] != manifest["id"]
@@ -164,10 +176,8 @@ def test_what_changed_is_done_again_and_nothing_else(tmp_path: Path, calls: list
             Run.create(folder, plan(tmp_path, **change))
 
 
-def test_a_search_with_other_limits_keeps_the_recipe(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", plan(tmp_path))
-    run.train()
-    macs = run.search().points[-1]["macs"]
+def test_a_search_with_other_limits_keeps_the_recipe(run: Run) -> None:
+    macs = run.front.points[-1]["macs"]
     limited = with_search(run, [f"macs<={macs - 1}", "latency_ms@toy<=5"], 0.95, 12)
     front = limited.search()
     assert all(point["macs"] < macs for point in front.points)
@@ -203,8 +213,7 @@ def test_a_live_device_is_profiled_once_and_its_front_is_measured(
     assert device.key != run.devices["host-cpu"].key
 
 
-def test_a_device_that_is_profiled_later_joins_the_run(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", plan(tmp_path))
+def test_a_device_that_is_profiled_later_joins_the_run(run: Run) -> None:
     joined, device = run.profile(DeviceSettings("stm32h743"))
     assert device.name == "stm32h743"
     assert [d.name for d in Run.open(run.folder).experiment.devices][1:] == ["stm32h743"]
@@ -346,8 +355,7 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_not(tmp_path: Path)
     assert metrics[0] == metrics[1]
 
 
-def test_an_export_that_died_halfway_is_made_anew(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", plan(tmp_path))
+def test_an_export_that_died_halfway_is_made_anew(run: Run, tmp_path: Path) -> None:
     front, manifest = everything(run)
     exported = run.folder / "exports" / manifest["id"]
     (exported / "manifest.json").unlink()

@@ -286,7 +286,7 @@ def test_a_search_that_was_killed_ends_like_one_that_was_not(sampler: str, tmp_p
     storage = storage_url(tmp_path) if sampler == "random" else optuna.storages.InMemoryStorage()
     asked, starts = [], 0
     while True:
-        evaluator = Mortal(space, 1 + (7 * starts) % 11)
+        evaluator = Mortal(space, 11 if len(asked) < 22 else 1)  # where the sampler chooses, after every step
         starts += 1
         try:
             front = run(evaluator, objectives, sampler=sampler, trials=trials, population=6, storage=storage)
@@ -406,13 +406,20 @@ def test_the_study_is_an_ordinary_one(tmp_path: Path, toy: ProfiledDevice) -> No
             np.median([evaluator.space.lower(evaluator.space.sample(np.random.default_rng(i))).macs for i in range(40)])
         ),
     )
-    run(evaluator, [maximize("accuracy"), minimize("latency_ms", toy)], [limit], storage=storage_url(tmp_path))
+    run(
+        evaluator,
+        [maximize("accuracy"), minimize("latency_ms", toy)],
+        [limit],
+        storage=storage_url(tmp_path),
+        trials=20,
+        population=4,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'study.db'}")
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
     complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
-    assert len(complete) == 40
+    assert len(complete) == 20
     for trial in complete:
         architecture = evaluator.space.parse(trial.user_attrs["architecture"])
         macs = evaluator.space.lower(architecture).macs
@@ -433,11 +440,12 @@ def test_any_storage_gives_the_same_front(kind: str, tmp_path: Path) -> None:
         "object": optuna.storages.InMemoryStorage(),
     }
     objectives = [maximize("accuracy"), minimize("macs")]
-    expected = run(tiny.FakeEvaluator(tiny.space()), objectives)
+    few = {"trials": 16, "population": 4}
+    expected = run(tiny.FakeEvaluator(tiny.space()), objectives, **few)
     first, again = tiny.FakeEvaluator(tiny.space()), tiny.FakeEvaluator(tiny.space())
-    assert run(first, objectives, storage=storages[kind]) == expected
-    assert run(again, objectives, storage=storages[kind]) == expected
-    assert len(again.asked) == (40 if kind == "memory" else 0)
+    assert run(first, objectives, storage=storages[kind], **few) == expected
+    assert run(again, objectives, storage=storages[kind], **few) == expected
+    assert len(again.asked) == (16 if kind == "memory" else 0)
 
 
 def test_the_same_seed_searches_the_same() -> None:
