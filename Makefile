@@ -12,7 +12,7 @@ DEMO := runs/quickstart
 
 demo: $(INSTALLED)
 	$(BIN)/nas run quickstart --out $(DEMO)
-	@echo "Results: $(DEMO)/front.json, $(DEMO)/report.html and the exported model under $(DEMO)/exports/"
+	@echo "Results: $(DEMO)/front.json, $(DEMO)/front.png and the exported model under $(DEMO)/exports/"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -16,7 +14,9 @@ import numpy as np
 import yaml
 
 from hardware_profiles.device import SHIPPED, load_device
+from hardware_profiles.files import write_text
 from hardware_profiles.machine import this_machine
+from nas.versions import commit_of
 from predictors.regression import fit_coefficients, predict_left_out, relative_interval, scores, with_constant
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,12 +25,9 @@ DIGITS = 6  # of a number in a device file: far below the error of any fit, and 
 
 def provenance(command: str) -> dict[str, Any]:
     """The command, commit, machine and versions that make a result repeatable."""
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     return {
         "command": command,
-        "commit": found.stdout.strip() if found.returncode == 0 else None,
+        "commit": commit_of(Path(__file__).parent) or None,
         "machine": this_machine().cpu,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("numpy", "scipy", "pyyaml")},
@@ -90,22 +87,8 @@ def write_device(name: str, command: str, sections: Mapping[str, Any]) -> None:
         trial = Path(folder) / path.name
         trial.write_text(head + marker + body, encoding="utf-8")
         load_device(trial)
-    replace_text(path, head + marker + body)
+    write_text(path, head + marker + body)
 
 
 def write_result(name: str, result: Mapping[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    replace_text(RESULTS / f"{name}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write under a temporary name in the same folder and rename, so that no reader sees half of it."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(RESULTS / f"{name}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -18,9 +18,9 @@ from typing import Any
 
 from fitted import write_result
 
+from hardware_profiles.files import read_json
 from hardware_profiles.machine import this_machine
 from nas import Evaluation, ParetoFront
-from nas.files import read_json
 from nas.pipeline import Run
 from nas.versions import versions
 

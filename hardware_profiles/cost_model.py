@@ -49,9 +49,6 @@ FAMILIES = (
 class UnsupportedLayer(LookupError):
     """A network has layers of a family and precision that the cost model was never fitted on."""
 
-    def __str__(self) -> str:  # LookupError subclasses may quote their message
-        return str(self.args[0])
-
 
 @dataclass(frozen=True, slots=True)
 class Prediction:

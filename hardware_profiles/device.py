@@ -33,9 +33,6 @@ _REQUIRED = object()
 class UnknownDevice(LookupError):
     """A name that is no shipped profile, or a file that is not there."""
 
-    def __str__(self) -> str:  # LookupError subclasses may quote their message
-        return str(self.args[0])
-
 
 class InvalidProfile(ValueError):
     """A profile file with a key or value that is missing, unknown or of the wrong type."""

@@ -30,6 +30,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from hardware_profiles.files import write_json
 from hardware_profiles.machine import this_machine
 from hardware_profiles.measurement import Measurement, Provenance
 from hardware_profiles.onnx_writer import OUTPUT, random_weights, write_onnx
@@ -185,15 +186,7 @@ def _read_record(path: Path) -> dict[str, float]:
 def _update_record(path: Path, key: str, best_ms: float) -> None:
     record = _read_record(path)  # again: another process may have written meanwhile
     record[key] = min(best_ms, record.get(key, best_ms))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump({"schema": RECORD_SCHEMA, "best_ms": record}, file, indent=2, sort_keys=True)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_json(path, {"schema": RECORD_SCHEMA, "best_ms": dict(sorted(record.items()))})
 
 
 # the child, seen from its parent ---------------------------------------------------------------------------

@@ -27,9 +27,6 @@ ELEMENTWISE = ("add", "multiply", "activation")
 class UnknownPlanner(LookupError):
     """A memory planner that is not one of `PLANNERS`."""
 
-    def __str__(self) -> str:  # LookupError subclasses may quote their message
-        return str(self.args[0])
-
 
 @dataclass(frozen=True, slots=True)
 class _Step:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nas.files import read_json, replacing, sha256_of, write_json
+from hardware_profiles.files import read_json, replacing, sha256_of, write_json
 
 KEPT = 2
 INDEX = "index.json"

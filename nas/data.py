@@ -287,7 +287,7 @@ def _read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     except BadData:
         raise
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadData(f"{path} is not a readable .npz file ({error}); write one with numpy.savez") from None
+        raise BadData(f"{path} is not a readable .npz file of plain arrays; write one with numpy.savez") from None
 
 
 def from_arrays(

@@ -19,12 +19,12 @@ import onnxruntime
 import torch
 
 from hardware_profiles import UnavailableCost, UnsupportedLayer, load_device
+from hardware_profiles.files import sha256_of, write_bytes, write_json, write_text
 from hardware_profiles.host_cpu import DEVICE, NoisyMachine
 from hardware_profiles.onnx_writer import INTEGER_OPERATORS, integer_kernels, write_onnx
 from nas.costs import Figure, ProfiledDevice
 from nas.data import RESIZING, Data
 from nas.evaluate import accuracy, resolution_of
-from nas.files import sha256_of, write_bytes, write_json, write_text
 from nas.front import Evaluation
 from nas.profile import measure
 from nas.quantize import Quantized

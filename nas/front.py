@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hardware_profiles.files import read_json, write_json
 from nas.costs import Figure, Infeasible, Limit, Objective, UnknownFigure, parse_limit, parse_objective
-from nas.files import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd

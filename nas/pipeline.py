@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from hardware_profiles import load_device
+from hardware_profiles.files import read_json, sha256_of, write_json, write_text
 from nas.checkpoints import load_checkpoint
 from nas.config import BadExperiment, DeviceSettings, Experiment, read_experiment
 from nas.costs import Item, ProfiledDevice, UnknownFigure, parse_objective
 from nas.data import Data, load_data
 from nas.export import export, export_key
-from nas.files import read_json, sha256_of, write_json, write_text
 from nas.front import Evaluation, ParetoFront
 from nas.profile import check_predictor, profile
 from nas.remeasure import remeasure

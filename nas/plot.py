@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hardware_profiles.files import replacing
 from nas.costs import FIGURES, Objective
-from nas.files import replacing
 from nas.front import Evaluation, ParetoFront
 
 LABELS = {

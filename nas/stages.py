@@ -8,23 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nas.files import read_json, write_json
+from hardware_profiles.files import read_json, write_json
 
 
 @contextmanager
 def stage(folder: Path, name: str) -> Iterator[None]:
-    """Add the seconds of the block to what the stage took before it was stopped, and note the peak memory so far."""
+    """Add the seconds of the block to what the stage took before it was stopped, and note the peak memory so far.
+
+    A process that is killed outright adds nothing.
+    """
     started = time.monotonic()
-    yield
-    path = folder / "stages.json"
-    stages = read_json(path) if path.exists() else {}
-    before = stages.get(name)
-    seconds = before["seconds"] if isinstance(before, dict) else 0.0
-    stages[name] = {
-        "seconds": round(seconds + time.monotonic() - started, 2),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    write_json(path, stages)
+    try:
+        yield
+    finally:
+        path = folder / "stages.json"
+        stages = read_json(path) if path.exists() else {}
+        before = stages.get(name)
+        seconds = before["seconds"] if isinstance(before, dict) else 0.0
+        stages[name] = {
+            "seconds": round(seconds + time.monotonic() - started, 2),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        write_json(path, stages)
 
 
 def peak_memory_bytes() -> int | None:

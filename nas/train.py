@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hardware_profiles.files import write_text
 from nas.checkpoints import load_checkpoint, save_checkpoint
 from nas.data import Data, augment
 from nas.evaluate import accuracy, calibration_images, recalibrate
-from nas.files import write_text
 from nas.progress import progress_bar
 from nas.strategies import LARGEST_SET, STRATEGIES, Strategy
 from nas.supernet import Supernet

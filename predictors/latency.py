@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hardware_profiles.cost_model import AdditiveModel, Prediction, features, predicted
+from hardware_profiles.files import write_text
 from predictors.regression import (
     fit_coefficients,
     folds_of,
@@ -123,7 +122,7 @@ class LatencyPredictor:
             "report": self._report,
             "provenance": self._provenance,
         }
-        _replace(Path(path), json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_text(Path(path), json.dumps(document, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyPredictor:
@@ -164,16 +163,3 @@ def _read(path: Path) -> dict[str, Any]:
             "fit it again"
         )
     return document
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write under a temporary name in the same folder and rename, so that no reader sees half of it."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

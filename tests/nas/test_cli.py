@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from hardware_profiles.files import write_json
 from nas.cli import BAD_INPUT, DONE, FAILED, INFEASIBLE, main
 from nas.costs import Figure, at_most, maximize, minimize
-from nas.files import write_json
 from nas.front import Evaluation, ParetoFront, to_dict
 from tests.nas import tiny
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nas.files import read_json, replacing, sha256_of, write_bytes, write_json, write_text
+from hardware_profiles.files import read_json, replacing, sha256_of, write_bytes, write_json, write_text
 
 
 def test_round_trips(tmp_path: Path) -> None:
