@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:
         code = _exit_code(error)
-        if code is None:
+        if code is None or parsed.debug:
             raise
         print(f"nas: {_one_line(error)}", file=sys.stderr)
         return code
@@ -308,6 +308,7 @@ def _summary_of_export(manifest: Mapping[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nas", description="Hardware-aware neural architecture search.")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: Callable[[argparse.Namespace], None], help_: str) -> argparse.ArgumentParser:

@@ -286,7 +286,7 @@ def _read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             return {name: opened[name] for name in names if name in opened.files}
     except BadData:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
         raise BadData(f"{path} is not a readable .npz file of plain arrays; write one with numpy.savez") from None
 
 

@@ -312,6 +312,8 @@ def test_a_bug_keeps_its_traceback_and_a_failure_does_not(
         main(["pareto", str(run_folder)])
     monkeypatch.setattr(ParetoFront, "load", fail(OSError(28, "No space left on device")))
     refused(capsys, FAILED, "No space left", "pareto", run_folder)
+    with pytest.raises(OSError, match="No space left"):
+        main(["--debug", "pareto", str(run_folder)])
     monkeypatch.setattr(ParetoFront, "load", fail(KeyboardInterrupt()))
     assert call(capsys, "pareto", run_folder)[0] == FAILED
 
