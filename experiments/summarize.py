@@ -1,6 +1,6 @@
 """Write what a finished run got to experiments/results/, for the README and for comparisons.
 
-    python experiments/summarize.py RUN COMMAND
+    python experiments/summarize.py RUN COMMAND [--note TEXT]
 
 RUN is a run directory; COMMAND is the command that made it, kept as text. The largest subnet is exported too (to
 RUN/exports), since its test accuracy says what the supernet is worth. Prints the JSON and writes
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from fitted import write_result
 
 from hardware_profiles.files import read_json
@@ -25,7 +26,7 @@ from nas.pipeline import Run
 from nas.versions import versions
 
 
-def summary(run: Run, command: str) -> dict[str, Any]:
+def summary(run: Run, command: str, note: str) -> dict[str, Any]:
     """What a run got, with what is needed to get it again."""
     front, experiment = run.front, run.experiment
     largest = run.space.largest
@@ -35,9 +36,11 @@ def summary(run: Run, command: str) -> dict[str, Any]:
     machine = this_machine()
     return {
         "command": command,
+        "note": note,
         "seed": experiment.seed,
         "machine": f"{machine.cpu}, {machine.logical_cores} cores",
-        "versions": versions(),
+        "versions": yaml.safe_load((run.folder / "experiment.yaml").read_text(encoding="utf-8"))["versions"],
+        "summarized_by": versions(),
         "stages": read_json(run.folder / "stages.json"),
         "space": {
             "name": run.space.name,
@@ -86,9 +89,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("command")
+    parser.add_argument("--note", default="", help="what a reader must know of how the run went")
     parsed = parser.parse_args(arguments)
     run = Run.open(parsed.run)
-    result = summary(run, parsed.command)
+    result = summary(run, parsed.command, parsed.note)
     print(json.dumps(result, indent=1))
     write_result(run.experiment.name, result)
     return 0
