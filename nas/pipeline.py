@@ -238,12 +238,13 @@ class Run:
 
     def export(self, point: Evaluation, folder: Path | None = None) -> tuple[Path, dict[str, Any]]:
         """(folder, manifest) of an exported point; an export of the same weights, data and devices is kept."""
+        evaluator = self.evaluator  # which a run without a supernet refuses, before a stage begins
         target = folder or self.folder / "exports"
         manifest = target / point.id / "manifest.json"
         if manifest.exists():
             held = read_json(manifest)
             architecture = self.space.parse(point.architecture)
-            if held.get("key") == export_key(self.evaluator, architecture, self.devices.values()):
+            if held.get("key") == export_key(evaluator, architecture, self.devices.values()):
                 return manifest.parent, held
         with stage(self.folder, "export"):
             made = export(
@@ -252,7 +253,7 @@ class Run:
                 self.data,
                 target,
                 devices=self.devices,
-                evaluator=self.evaluator,
+                evaluator=evaluator,
                 patience_s=self.experiment.patience_s,
             )
         return target / point.id, made

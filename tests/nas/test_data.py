@@ -124,7 +124,7 @@ def cut_short(path: Path) -> None:
         (not_a_zip, "not a readable .npz file"),
         (empty, "not a readable .npz file"),
         (single_array, "holds a single array; expected an .npz"),
-        (pickled, "not a readable .npz file .*pickle"),
+        (pickled, "not a readable .npz file of plain arrays"),
         (without_labels, "lacks y_train; it holds x_train, extra"),
         (without_arrays, "lacks x_train, y_train; it holds nothing|not a readable .npz"),
         (damaged_inside, "not a readable .npz file"),

@@ -160,12 +160,13 @@ def test_text_and_codes_read_back(space: SearchSpace, rng: np.random.Generator) 
 
 def test_text_by_hand() -> None:
     space = TRANSFORMER
-    assert str(space.smallest) == "" and space.parse("") == space.smallest
+    assert str(space.smallest) == "resolution=8" and space.parse("") == space.smallest
     architecture = space.parse(" depth=2 , block1.heads=2,block1.mlp.expand.precision=int8, ")
-    assert str(architecture) == "depth=2,block1.heads=2,block1.mlp.expand.precision=int8"
+    assert str(architecture) == "resolution=8,depth=2,block1.heads=2,block1.mlp.expand.precision=int8"
     assert (architecture["depth"], architecture["block1.heads"], architecture["block0.heads"]) == (2, 2, 1)
     assert space.parse("block2.heads=2") == space.smallest  # inactive at depth 1
-    assert str(MOBILENET.parse("stage1.block0.squeeze_excite=True")) == "stage1.block0.squeeze_excite=True"
+    excited = str(MOBILENET.parse("stage1.block0.squeeze_excite=True"))
+    assert excited == f"resolution={MOBILENET.smallest['resolution']},stage1.block0.squeeze_excite=True"
 
 
 def test_one_hot_by_hand() -> None:
