@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from nas.sampling import sample_spread
     from nas.search import Evaluator, SearchSettings, search
     from nas.supernet import Subnet, Supernet
-    from nas.train import TrainingDiverged, TrainSettings, train
+    from nas.train import TrainingDiverged, train
+    from nas.train_settings import TrainSettings
+    from nas.trust import TrustReport, trust
 
 __all__ = [
     "BadData",
@@ -55,6 +57,7 @@ __all__ = [
     "Supernet",
     "TrainSettings",
     "TrainingDiverged",
+    "TrustReport",
     "UnknownFigure",
     "accuracy",
     "at_least",
@@ -74,6 +77,7 @@ __all__ = [
     "sample_spread",
     "search",
     "train",
+    "trust",
 ]
 
 _HOMES = {
@@ -102,7 +106,9 @@ _HOMES = {
     "nas.sampling": ("sample_spread",),
     "nas.search": ("Evaluator", "SearchSettings", "search"),
     "nas.supernet": ("Subnet", "Supernet"),
-    "nas.train": ("TrainSettings", "TrainingDiverged", "train"),
+    "nas.train": ("TrainingDiverged", "train"),
+    "nas.train_settings": ("TrainSettings",),
+    "nas.trust": ("TrustReport", "trust"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from nas.front import ParetoFront
 
 DONE, FAILED, BAD_INPUT, INFEASIBLE = 0, 1, 2, 3
+FIT_ONLY = ("resolutions", "widths", "samples", "seed", "plot")  # options of 'nas spaces --fit' alone
+MOST_SPACES = 20  # rows of its table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,20 +175,113 @@ def _export(parsed: argparse.Namespace) -> None:
     print(f"model:   {folder / 'model.onnx'}\ncard:    {folder / 'card.md'}")
 
 
+def _trust(parsed: argparse.Namespace) -> None:
+    from nas.pipeline import Run
+
+    run = Run.open(parsed.run)
+    report = run.trust(parsed.networks)
+    picture = parsed.plot or run.folder / "trust.png"
+    report.plot(picture)
+    print(f"picture: {picture}", file=sys.stderr)
+    print(json.dumps(report.to_dict(), indent=1) if parsed.format == "json" else report)
+
+
 def _spaces(parsed: argparse.Namespace) -> None:
     from search_spaces import FAMILIES, build_space
 
+    settings = _space_settings(parsed)
+    if parsed.fit:
+        return _fit_spaces(parsed, settings)
+    given = next((name for name in FIT_ONLY if getattr(parsed, name) is not None), None)
+    if given:
+        raise ValueError(f"--{given} belongs to --fit DEVICE")
+    if parsed.macs:
+        return _scale_space(parsed, settings)
+    if parsed.format == "json":
+        raise ValueError("--format json belongs to --fit and --macs")
     for name in [parsed.name] if parsed.name else FAMILIES:
-        space = build_space(name, {})
+        space = build_space(name, settings)
         small, large = (space.lower(a) for a in (space.smallest, space.largest))
         print(
             f"{name}: {len(space.choices)} choices, {space.size:.3g} architectures, "
-            f"{small.macs / 1e6:.3g} to {large.macs / 1e6:.3g} MMACs by default"
+            f"{small.macs / 1e6:.3g} to {large.macs / 1e6:.3g} MMACs{'' if settings else ' by default'}"
         )
         if parsed.name:
-            print(f"\n{(type(space).__doc__ or '').strip()}\n\nchoices by default:")
+            print(f"\n{(type(space).__doc__ or '').strip()}\n\nchoices{'' if settings else ' by default'}:")
             for choice in space.choices:
                 print(f"  {choice.name}: {', '.join(map(str, choice.options))}")
+
+
+def _space_settings(parsed: argparse.Namespace) -> dict[str, object]:
+    """What --set, --classes and --channels say of the space."""
+    import yaml
+
+    settings: dict[str, object] = {}
+    for text in parsed.set:
+        key, separator, raw = text.partition("=")
+        try:
+            settings[key.strip()] = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            separator = ""
+        if not separator:
+            raise ValueError(f"--set {text!r}: expected KEY=VALUE, such as 'depths=[1, 2]'")
+    settings |= {key: getattr(parsed, key) for key in ("classes", "channels") if getattr(parsed, key)}
+    if not parsed.name and (settings or parsed.fit or parsed.macs):
+        raise ValueError("name a family, such as 'nas spaces mobilenet --fit DEVICE'")
+    return settings
+
+
+def _fit_spaces(parsed: argparse.Namespace, settings: Mapping[str, object]) -> None:
+    from hardware_profiles import load_device
+    from nas.costs import ProfiledDevice
+    from nas.scaling import check_picture, fit_device, plot_candidates
+
+    if parsed.plot:
+        check_picture(parsed.plot)
+    chosen = {name: getattr(parsed, name) for name in FIT_ONLY if getattr(parsed, name) and name != "plot"}
+    candidates = fit_device(parsed.name, settings, ProfiledDevice(load_device(parsed.fit)), **chosen)
+    if parsed.plot:
+        plot_candidates(candidates, parsed.plot)
+        print(f"picture: {parsed.plot}", file=sys.stderr)
+    if parsed.format == "json":
+        print(json.dumps([candidate.to_dict() for candidate in candidates], indent=1))
+        return
+    print(f"{'resolution':>10}  {'width':>5}  {'fit':>6}  {'mean MMACs':>10}  {'p10':>6}  {'p50':>6}  {'p90':>6}")
+    for candidate in candidates[:MOST_SPACES]:
+        macs = [candidate.mean_macs, *(candidate.percentile(percent) for percent in (10, 50, 90))]
+        mean, *percentiles = (f"{value / 1e6:.4g}" for value in macs)
+        print(
+            f"{candidate.resolution:>10}  {candidate.width:>5g}  {candidate.share:>6.1%}  {mean:>10}  "
+            + "  ".join(f"{text:>6}" for text in percentiles)
+        )
+    if len(candidates) > MOST_SPACES:
+        print(f"and {len(candidates) - MOST_SPACES} more spaces, which --format json lists")
+    print(f"\n{_space_as_yaml(candidates[0].to_dict()['space'], settings)}")
+
+
+def _scale_space(parsed: argparse.Namespace, settings: Mapping[str, object]) -> None:
+    from nas.scaling import scale
+    from search_spaces import build_space
+
+    scaled = scale(build_space(parsed.name, settings), parsed.macs)
+    if parsed.format == "json":
+        print(json.dumps(scaled.to_dict(), indent=1))
+        return
+    beyond = "; outside the ratios of the TinyNets, whose nearest it follows" if scaled.extrapolated else ""
+    print(
+        f"largest network: {scaled.macs / 1e6:.4g} MMACs for {scaled.target_macs / 1e6:.4g} asked, "
+        f"{scaled.ratio:.3g} of the base's {scaled.base_macs / 1e6:.4g}{beyond}\n"
+        f"resolution x {scaled.resolution:.3g}, depth x {scaled.depth:.3g}, width x {scaled.width:.3g}\n\n"
+        f"{_space_as_yaml(scaled.to_dict()['space'], settings)}"
+    )
+
+
+def _space_as_yaml(space: Any, given: Mapping[str, object]) -> str:
+    """For an experiment, which takes channels and classes from its data unless they were asked for here."""
+    import yaml
+
+    told = {key: value for key, value in space.items() if key not in ("channels", "classes") or key in given}
+    return yaml.safe_dump({"space": told}, sort_keys=False, default_flow_style=None, width=110).rstrip("\n")
 
 
 def _devices(parsed: argparse.Namespace) -> None:
@@ -344,12 +439,29 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--id")
     which.add_argument("--best", metavar="FIGURE")
     export.add_argument("--out", type=Path, help="RUN/exports by default")
-    for made in (profile, search, pareto, export):
+    trust = verb("trust", _trust, "Train some subnets alone: what the accuracies that a search picks by are worth.")
+    trust.add_argument("--networks", type=_positive, default=8, help="how many, spread over MACs; 8 by default")
+    trust.add_argument("--format", choices=("table", "json"), default="table")
+    trust.add_argument("--plot", type=Path, metavar="FILE.png", help="RUN/trust.png by default")
+    for made in (profile, search, pareto, export, trust):
         made.add_argument("run", type=Path, metavar="RUN")
     for made in (search, pareto, export):
         made.add_argument("--limit", action="append", default=[], metavar="'FIGURE[@DEVICE]<=NUMBER[unit]'")
 
-    verb("spaces", _spaces, "List the families of search spaces, or describe one.").add_argument("name", nargs="?")
+    spaces = verb("spaces", _spaces, "List the families of search spaces, describe one, or choose a space of one.")
+    spaces.add_argument("name", nargs="?", metavar="FAMILY")
+    how = spaces.add_mutually_exclusive_group()
+    how.add_argument("--fit", metavar="DEVICE|FILE", help="rank spaces by the MACs of the networks that fit its memory")
+    how.add_argument("--macs", type=_macs, help="scale the space to a largest network of so many MACs, such as 5M")
+    spaces.add_argument("--resolutions", type=_positive, nargs="+", metavar="PIXELS", help="48 to 224 by default")
+    spaces.add_argument("--widths", type=_above_zero, nargs="+", metavar="MULTIPLIER", help="0.2 to 1 by default")
+    spaces.add_argument("--samples", type=_positive, help="networks drawn of each space; 1000 by default")
+    spaces.add_argument("--seed", type=int, help="of the draws; 0 by default")
+    spaces.add_argument("--plot", type=Path, metavar="FILE.png", help="distributions of the MACs of what fits")
+    spaces.add_argument("--classes", type=_positive)
+    spaces.add_argument("--channels", type=_positive)
+    spaces.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as 'depths=[1, 2]'")
+    spaces.add_argument("--format", choices=("table", "json"), default="table")
     verb("devices", _devices, "List the devices, or describe one.").add_argument("name", nargs="?")
     verb("doctor", _doctor, "Show versions, processor and GPU, and what is missing.")
     return parser
@@ -359,6 +471,27 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+
+
+def _macs(text: str) -> float:
+    from nas.costs import parse_limit
+
+    try:
+        macs = parse_limit(f"macs<={text}").value
+    except ValueError:
+        macs = 0.0
+    if macs <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of MACs such as 5M or 300k, got {text!r}")
+    return macs
 
 
 if __name__ == "__main__":

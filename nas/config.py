@@ -15,10 +15,11 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
+from nas.coreset import check
 from nas.costs import Limit, Objective, check_confidence, check_objectives, parse_limit, parse_objective
 from nas.profile import FEWEST_SAMPLES
 from nas.search import SearchSettings
-from nas.train import TrainSettings
+from nas.train_settings import TrainSettings
 from search_spaces import FAMILIES
 
 RECIPES = Path(__file__).parent.parent / "experiments"
@@ -38,8 +39,13 @@ class DataSettings:
     val_front: float = 0.1
     calibration: int = 512
     test: float = 0.2
+    train_share: float = 1.0
+    coreset: str = "random"
     side: int | None = None
     workers: int = 2
+
+    def __post_init__(self) -> None:
+        check(self.train_share, self.coreset)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nas.coreset import THUMBNAIL_SIDE, check, pixel_features, select, select_randomly
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -177,8 +179,11 @@ class Data:
         return self.splits[split]
 
     def prepare(self, pixels: Tensor, resolution: int) -> Tensor:
-        """Network inputs (n, channels, resolution, resolution), float32, of uint8 pixels (n, channels, side, side)."""
-        x = pixels.float().div_(255.0)
+        """Network inputs (n, channels, resolution, resolution), float32, of pixels (n, channels, side, side).
+
+        The pixels, uint8 or float32 in 0..255, stay as they are.
+        """
+        x = pixels / 255.0
         if resolution != pixels.shape[-1]:
             x = F.interpolate(x, size=(resolution, resolution), mode="bilinear", antialias=True, align_corners=False)
         mean = torch.tensor(self.mean, device=x.device).reshape(1, -1, 1, 1)
@@ -191,23 +196,6 @@ class Data:
             yield self.prepare(pixels, resolution), labels
 
 
-def augment(pixels: Tensor, *, flip: bool, crop_padding: int, generator: torch.Generator) -> Tensor:
-    """Random mirror images and random crops of reflect-padded images, drawn for each image by a CPU generator."""
-    count, _, height, width = pixels.shape
-    if flip:
-        mirrored = (torch.rand(count, generator=generator) < 0.5).to(pixels.device)
-        pixels = torch.where(mirrored.reshape(-1, 1, 1, 1), pixels.flip(3), pixels)
-    if crop_padding:
-        pad = min(crop_padding, height - 1, width - 1)
-        padded = F.pad(pixels.float(), (pad, pad, pad, pad), mode="reflect").to(pixels.dtype)
-        offsets = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
-        rows = (offsets[0][:, None] + torch.arange(height)).to(pixels.device)
-        columns = (offsets[1][:, None] + torch.arange(width)).to(pixels.device)
-        image = torch.arange(count, device=pixels.device)[:, None, None]
-        pixels = padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    return pixels
-
-
 @dataclass(frozen=True)
 class _Sizes:
     """How many images the splits take; see `load_data`."""
@@ -216,6 +204,14 @@ class _Sizes:
     val_front: int | float
     calibration: int
     test: float
+    train_share: float
+    coreset: str
+
+    def __post_init__(self) -> None:
+        try:
+            check(self.train_share, self.coreset)
+        except ValueError as error:
+            raise BadData(str(error)) from None
 
     def __str__(self) -> str:
         return ", ".join(f"{name} = {size}" for name, size in vars(self).items())
@@ -231,6 +227,8 @@ def load_data(
     val_front: int | float = 0.1,
     calibration: int = 512,
     test: float = 0.2,
+    train_share: float = 1.0,
+    coreset: str = "random",
     side: int | None = None,
     workers: int = 2,
     seed: int = 0,
@@ -243,13 +241,17 @@ def load_data(
         val_search, val_front: images taken out of the training set; a share below 1, or a number.
         calibration: training images whose activations set norm statistics and quantization ranges.
         test: share of the images held out for testing where the source has no test set.
+        train_share: share of the training images, of each class, that are left once the other splits are taken, to
+            keep: a proxy that is cheaper to train on.
+        coreset: how those are chosen: `random`, or `quantization`, in every bin from typical to
+            unusual images alike; see `nas.coreset`.
         side: side to which the images of a folder are resized when read; by default that of the first, at most 224.
         workers: processes that decode the images of a folder; 0 decodes them in this one.
         seed: of the splits.
 
     Raises BadData, saying what was got and expected.
     """
-    sizes = _Sizes(val_search, val_front, calibration, test)
+    sizes = _Sizes(val_search, val_front, calibration, test, train_share, coreset)
     if str(source) == "digits":
         from sklearn.datasets import load_digits
 
@@ -300,15 +302,18 @@ def from_arrays(
     val_front: int | float = 0.1,
     calibration: int = 512,
     test: float = 0.2,
+    train_share: float = 1.0,
+    coreset: str = "random",
     seed: int = 0,
     name: str = "arrays",
 ) -> Data:
     """A data set from arrays: images (n, side, side[, channels]), uint8 or float in 0..1, and labels (n,).
 
-    `held_out` is a test set of the same form; without it a share `test` of the images is held out.
+    `held_out` is a test set of the same form; without it a share `test` of the images is held out. The other
+    arguments are those of `load_data`.
     The images are copied. Raises BadData, saying what was got and expected.
     """
-    sizes = _Sizes(val_search, val_front, calibration, test)
+    sizes = _Sizes(val_search, val_front, calibration, test, train_share, coreset)
     return _from_arrays(x, y, held_out, classes, sizes, seed, name)
 
 
@@ -447,6 +452,8 @@ def _assemble(
     val_front, rest = _draw(rest, labels, sizes.val_front, rng)
     if sizes.calibration < 1:
         raise BadData(f"calibration = {sizes.calibration}; expected a number of images, 1 or more")
+    if sizes.train_share < 1:
+        rest = rest[_coreset(images, rest, labels[rest], sizes, rng)]
     calibration = np.sort(rng.permutation(rest)[: int(sizes.calibration)])
     chosen = dict(zip(SPLITS, (rest, calibration, val_search, val_front, tests), strict=True))
     for split, indices in chosen.items():
@@ -458,6 +465,22 @@ def _assemble(
     for split in SPLITS:
         sha.update(chosen[split].tobytes() + labels[chosen[split]].tobytes())
     return Data(name, classes, images.channels, images.side, mean, std, splits, sha.hexdigest())
+
+
+def _coreset(
+    images: ArrayImages | FolderImages,
+    indices: np.ndarray,
+    labels: np.ndarray,
+    sizes: _Sizes,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Sorted positions in `indices` of the share of the training images that is kept."""
+    if sizes.coreset == "random":
+        return select_randomly(labels, sizes.train_share, rng)
+    if isinstance(images, FolderImages):  # decoded small
+        images = FolderImages(images.paths, images.channels, min(images.side, THUMBNAIL_SIDE), images.workers)
+    features = pixel_features(images.stream(np.array_split(indices, -(-len(indices) // 256))))
+    return select(features, labels, sizes.train_share, rng)
 
 
 def _draw(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nas.data import Data
+from nas.data import Data, Split
 from nas.interpreter import Normalization
 from nas.supernet import LayerParameters, Subnet
 
@@ -44,14 +44,15 @@ def recalibrate(subnet: Subnet, batches: Iterable[Tensor]) -> Subnet:
 
 
 def calibration_images(data: Data, subnet: Subnet, batch_size: int = 256) -> list[Tensor]:
-    """The calibration split at the resolution of a subnet, in one fixed random order.
-
-    The order of a data set may be that of its classes: its first images would be of the first classes only.
-    """
+    """The calibration split at the resolution of a subnet, in the order of `calibration_order`."""
     split = data["calibration"]
-    order = np.random.default_rng(0).permutation(len(split))
-    positions = np.array_split(order, -(-len(split) // batch_size))
+    positions = np.array_split(calibration_order(split), -(-len(split) // batch_size))
     return [data.prepare(pixels, resolution_of(subnet)) for pixels, _ in split.batches(batch_size, positions)]
+
+
+def calibration_order(split: Split) -> np.ndarray:
+    """One fixed random order: that of a data set may be the order of its classes."""
+    return np.random.default_rng(0).permutation(len(split))
 
 
 def accuracy(subnet: Subnet, data: Data, split: str, *, batch_size: int = 64) -> float:

@@ -5,12 +5,14 @@ Tensors carry the batch first: images are (batch, channels, height, width), toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from search_spaces import INPUT, Layer, Network
 
@@ -20,7 +22,13 @@ Parameters = Mapping[str, Tensor]
 
 
 class Tap(Protocol):
-    """Sees, and may replace, what flows between layers: observers and fake quantizers are taps."""
+    """Sees, and may replace, what flows between layers: observers and fake quantizers are taps.
+
+    A tap changes no tensor in place. A pass of several segments calls it again, for the same layers and tensors,
+    during the backward pass, and it must then answer the same. So a tap of random numbers draws once for each layer
+    name and keeps the draw for the pass, or makes it a function of the name; what it draws from torch's global
+    generator is repeated without its doing.
+    """
 
     def read(self, layer: Layer, source: str, tensor: Tensor) -> Tensor:
         """Called with each tensor a layer reads, just before it does."""
@@ -37,31 +45,99 @@ class Normalization:
         self.momentum = momentum
 
 
+class _Segment:
+    """Neighbouring layers of a pass, which can run a second time to compute what the first did not keep.
+
+    Called with the tensors `reads` (made before the segment), it returns the tensors `writes` (read after it).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        writes: Collection[str],
+        parameters_of: Callable[[Layer], Parameters],
+        normalization: Normalization,
+        tap: Tap | None,
+    ) -> None:
+        made = {layer.name for layer in layers}
+        self.reads = tuple(dict.fromkeys(name for layer in layers for name in layer.inputs if name not in made))
+        self.writes = tuple(layer.name for layer in layers if layer.name in writes)
+        self._layers = layers
+        self._parameters_of = parameters_of
+        self._normalization = normalization
+        self._tap = tap
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        values = dict(zip(self.reads, inputs, strict=True))
+        del inputs
+        normalization, tap = self._normalization, self._tap
+        # a batch counts once in the running statistics, however often its pass is computed
+        self._normalization = Normalization(normalization.from_batch, momentum=0.0)
+        last_reader = {source: layer.name for layer in self._layers for source in layer.inputs}
+        for layer in self._layers:
+            read = [values[source] for source in layer.inputs]
+            if tap is not None:
+                read = [tap.read(layer, source, t) for source, t in zip(layer.inputs, read, strict=True)]
+            output = OPERATIONS[layer.kind](layer, read, self._parameters_of(layer), normalization)
+            values[layer.name] = output if tap is None else tap.write(layer, output)
+            for source in layer.inputs:  # a dead tensor's memory is worth more than its name
+                if last_reader[source] == layer.name and source not in self.writes:
+                    values.pop(source, None)
+        return tuple(values[name] for name in self.writes)
+
+
 def execute(
     network: Network,
     x: Tensor,
     parameters_of: Callable[[Layer], Parameters],
     normalization: Normalization,
     tap: Tap | None = None,
+    segments: int = 1,
 ) -> Tensor:
     """The output of `network` for x of shape (batch, *network.input_shape).
 
-    Raises ValueError when x has another shape: resizing happens before, outside the network.
+    With `segments` above 1 and gradients wanted, the layers run in about that many segments, and only what passes
+    from one to the next is kept: the backward pass computes the rest again (arXiv 1604.06174), except for the last
+    segment, which it needs at once. Gradients and running statistics are the same, bit for bit.
+
+    Raises ValueError when x has another shape (resizing happens before, outside the network), or for `segments`
+    below 1.
     """
     if tuple(x.shape[1:]) != network.input_shape:
         raise ValueError(f"expected images of shape {network.input_shape}, got {tuple(x.shape[1:])}; resize them first")
-    values = {INPUT: x}
-    last_reader = {source: layer.name for layer in network.layers for source in layer.inputs}
-    for layer in network.layers:
-        inputs = [values[source] for source in layer.inputs]
-        if tap is not None:
-            inputs = [tap.read(layer, source, t) for source, t in zip(layer.inputs, inputs, strict=True)]
-        output = OPERATIONS[layer.kind](layer, inputs, parameters_of(layer), normalization)
-        values[layer.name] = output if tap is None else tap.write(layer, output)
-        for source in layer.inputs:  # a dead tensor's memory is worth more than its name
-            if last_reader[source] == layer.name:
-                values.pop(source, None)
-    return values[network.output.name]
+    if segments < 1:
+        raise ValueError(f"segments is {segments}; expected 1 (everything is kept for the backward pass) or more")
+    layers, output = network.layers, network.output.name
+    ends = [*(segment_starts(network, segments) if torch.is_grad_enabled() else ()), len(layers)]
+    values, start = {INPUT: x}, 0
+    for end in ends:
+        later = {source for layer in layers[end:] for source in layer.inputs} | {output}
+        segment = _Segment(layers[start:end], later, parameters_of, normalization, tap)
+        inputs = [values[name] for name in segment.reads]
+        kept = end == len(layers)
+        made = segment(*inputs) if kept else checkpoint(segment, *inputs, use_reentrant=False)
+        values |= zip(segment.writes, made, strict=True)
+        start = end
+    return values[output]
+
+
+def segment_starts(network: Network, segments: int) -> list[int]:
+    """Positions of the layers with which all segments but the first begin, ascending.
+
+    Each is where the sum of two memories is smallest: what lives on across the cut, and by how much the segments
+    differ from equal shares of what a backward pass needs. There are fewer when a network has no more places.
+    """
+    sizes = {layer.name: prod(layer.out_shape) for layer in network.layers}
+    last_read = {source: position for position, layer in enumerate(network.layers) for source in layer.inputs}
+    needed, alive = [0], [0]  # before each position; in numbers of one sample
+    for position, layer in enumerate(network.layers):
+        dies = sum(sizes.get(source, 0) for source in set(layer.inputs) if last_read[source] == position)
+        alive.append(alive[-1] + sizes[layer.name] - dies)
+        views = 0 if layer.kind in ("reshape", "permute") else 1
+        needed.append(needed[-1] + sizes[layer.name] * (views + layer.norm))  # a norm keeps what it read, too
+    targets = [needed[-1] * number / segments for number in range(1, segments)]
+    places = range(1, len(network.layers))
+    return sorted({min(places, key=lambda p: alive[p] + abs(needed[p] - target)) for target in targets if places})
 
 
 # a fused activation overwrites the convolution's output, which nothing else reads: a third of the memory traffic

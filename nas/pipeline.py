@@ -25,6 +25,7 @@ from nas.search import Costs, Evaluator, devices_of, search, storage_url, study_
 from nas.stages import stage
 from nas.supernet import Supernet
 from nas.train import check_fit, load_weights, train
+from nas.trust import TrustReport, trust
 from nas.versions import versions
 from predictors import LatencyPredictor
 from search_spaces import SearchSpace, build_space
@@ -257,6 +258,24 @@ class Run:
                 patience_s=self.experiment.patience_s,
             )
         return target / point.id, made
+
+    def trust(self, networks: int = 8) -> TrustReport:
+        """Train some subnets alone, in trust/, and compare with what they inherit; the report is kept in trust.json."""
+        supernet = self.supernet  # which a run without one refuses, before a stage begins
+        found = load_checkpoint(self.folder / "supernet")
+        assert found is not None
+        settings = replace(self.experiment.train, arithmetic=str(found[1]["arithmetic"]))  # where it says auto
+        with stage(self.folder, "trust"):
+            report = trust(
+                supernet,
+                self.data,
+                folder=self.folder / "trust",
+                settings=settings,
+                seed=self.experiment.seed,
+                networks=networks,
+            )
+        report.save(self.folder / "trust.json")
+        return report
 
 
 def with_search(run: Run, limits: Sequence[str], confidence: float | None, trials: int | None) -> Run:

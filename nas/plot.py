@@ -1,12 +1,20 @@
-"""Pictures of fronts."""
+"""Pictures of fronts, and of what inherited accuracies are worth."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hardware_profiles.files import replacing
-from nas.costs import FIGURES, Objective
+from nas.costs import FIGURES, Z_90, Objective
 from nas.front import Evaluation, ParetoFront
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from nas.trust import TrustReport
 
 LABELS = {
     "accuracy": "accuracy (%)",
@@ -90,3 +98,114 @@ def plot_front(front: ParetoFront, path: Path) -> None:
     axes.legend(loc="lower right", fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=140, format=path.suffix.lstrip(".") or "png")
+
+
+ALONE, INHERITED, TAKEN_LARGEST, NOISE = "#2f6690", "#d1495b", "#e09f3e", "0.92"
+
+
+def plot_trust(report: TrustReport, path: Path) -> None:
+    """Left: inherited against stand-alone accuracy. Right: both, and the regrets of two rules, over MACs.
+
+    Networks are numbered as in the printed table, by MACs; bars are 90 % intervals. The format is that of the suffix.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(12.5, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.05), height_ratios=(1.6, 1))
+    _draw_agreement(figure.add_subplot(grid[:, 0]), report)
+    above = figure.add_subplot(grid[0, 1])
+    _draw_over_macs(above, report)
+    below = figure.add_subplot(grid[1, 1], sharex=above)
+    _draw_regrets(below, report)
+    for axes in (above, below):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    above.tick_params(labelbottom=False)
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=140, format=path.suffix.lstrip(".") or "png")
+
+
+def _draw_agreement(axes: Axes, report: TrustReport) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    inherited, alone = (100 * report.column(name) for name in ("inherited", "alone"))
+    errors = [100 * Z_90 * report.error(name) for name in ("inherited", "alone")]
+    few = len(alone) <= 12
+    axes.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1, label="inherited = alone", zorder=1)
+    axes.errorbar(inherited, alone, yerr=errors[1], xerr=errors[0], fmt="none", ecolor="0.75", elinewidth=1, zorder=2)
+    axes.scatter(inherited, alone, s=190 if few else 110, color=ALONE, edgecolor="white", linewidth=1, zorder=3)
+    style = {"color": "white", "ha": "center", "va": "center_baseline", "weight": "bold", "fontsize": 8 if few else 6}
+    for number, at in enumerate(zip(inherited, alone, strict=True), start=1):
+        axes.annotate(str(number), at, **style)  # type: ignore[arg-type]
+    low = min((inherited - errors[0]).min(), (alone - errors[1]).min())
+    high = max((inherited + errors[0]).max(), (alone + errors[1]).max())
+    margin = 0.04 * max(high - low, 1.0)
+    for axis, set_limits in ((axes.xaxis, axes.set_xlim), (axes.yaxis, axes.set_ylim)):
+        set_limits(low - margin, high + margin)
+        axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axes.set_aspect("equal")
+    axes.set_xlabel("accuracy inherited from the supernet (%)")
+    axes.set_ylabel("accuracy trained alone (%)")
+    axes.legend(loc="upper left", fontsize="small", frameon=False)
+    found = report.kendall
+    interval = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
+    tau = "not defined" if found.value is None else f"{found.value:.2f}{interval}"
+    axes.set_title(f"{len(alone)} networks, numbered by MACs: Kendall tau {tau}", fontsize="medium", loc="left")
+
+
+def _draw_over_macs(axes: Axes, report: TrustReport) -> None:
+    mmacs = report.column("macs") / 1e6
+    style = {"markersize": 5, "linewidth": 1.2, "elinewidth": 0.8, "capsize": 2}
+    lines = (("alone", ALONE, "o-", "trained alone"), ("inherited", INHERITED, "D-", "inherited from the supernet"))
+    for name, colour, marks, said in lines:
+        values, error = 100 * report.column(name), 100 * Z_90 * report.error(name)
+        axes.errorbar(mmacs, values, yerr=error, fmt=marks, color=colour, label=said, **style)  # type: ignore[arg-type]
+    tops = np.maximum(*(report.column(name) + Z_90 * report.error(name) for name in ("alone", "inherited")))
+    for number, at in enumerate(zip(mmacs, 100 * tops, strict=True), start=1):
+        axes.annotate(str(number), at, (0, 4), textcoords="offset points", ha="center", fontsize=8)
+    axes.margins(y=0.12)
+    axes.set_ylabel("accuracy (%)")
+    axes.legend(loc="lower right", fontsize="small", frameon=False)
+    trained = f"each trained alone for {report.steps:,} steps of {report.images_a_step} images"
+    axes.set_title(f"{trained}; bars are 90 % intervals", fontsize="medium", loc="left")
+
+
+def _draw_regrets(axes: Axes, report: TrustReport) -> None:
+    floor = 100 * Z_90 * report.noise_floor
+    axes.axhspan(0, floor, color=NOISE, label=f"noise: below {floor:.2f}", zorder=0)
+    rules = (
+        ("largest", TAKEN_LARGEST, "s", 7, "taking the largest"),
+        ("inherited", INHERITED, "D", 4, "picking by inherited"),
+    )
+    for rule, colour, marker, size, said in rules:
+        budgets = [pick.budget_macs / 1e6 for pick in report.picks[rule]]
+        values = 100 * report.regrets(rule)
+        axes.step(budgets, values, where="post", color=colour, linewidth=1.2, zorder=2)
+        marks = axes.plot(
+            budgets, values, marker, color=colour, markersize=size, label=f"{said}: mean {values.mean():.2f}", zorder=3
+        )[0]
+        marks.set_clip_on(False)
+        marks.set_fillstyle("none" if rule == "largest" else "full")
+    highest = max(float(np.max(100 * report.regrets(rule))) for rule in report.picks)
+    axes.set_ylim(0, 1.15 * max(highest, floor))
+    axes.set_xlabel("MMACs of the network, or budget in MMACs")
+    axes.set_ylabel("regret within\nbudget (pp)")
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=3,
+        fontsize="small",
+        frameon=False,
+        borderaxespad=0.2,
+        columnspacing=1.2,
+        handletextpad=0.4,
+        handlelength=1.4,
+    )

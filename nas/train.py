@@ -1,34 +1,39 @@
-"""Training a supernet: sampled architectures, one optimizer, resumable at every step.
+"""Training a supernet: planned steps, one optimizer, a guard over its health, resumable at every step.
 
 All randomness is a function of (seed, step): data order, augmentation and architectures of a step do not
 depend on what ran before it, so a run that was killed goes on with exactly the batches it would have seen.
+Under torchrun every process trains the same architectures on its share of each batch.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from hardware_profiles.files import write_text
+from nas.channel_sorting import permute, sort_channels
 from nas.checkpoints import load_checkpoint, save_checkpoint
-from nas.data import Data, augment
-from nas.evaluate import accuracy, calibration_images, recalibrate
+from nas.data import Data
+from nas.distributed import Workers, workers
+from nas.health import Guard, examine
 from nas.progress import progress_bar
-from nas.strategies import LARGEST_SET, STRATEGIES, Strategy
+from nas.strategies import FREEZE_TEACHER, SORT_CHANNELS, STRATEGIES, Strategy
 from nas.supernet import Supernet
-from search_spaces import Architecture, SearchSpace
+from nas.train_settings import TrainSettings
+from nas.train_step import Batch, StepRunner, fastest_arithmetic
+from search_spaces import SearchSpace
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -36,74 +41,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0
-ARITHMETICS = ("fp32", "fp32_channels_last", "bf16_channels_last")
+RETRIES = 3  # collapses that a training may recover from
+LATEST, GOOD = Path("supernet"), Path("supernet") / "good"
+LOWER = 0.5  # what a collapse multiplies the learning rate by
+
+Tensors = dict[str, Tensor]
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite."""
+    """Training collapsed, and collapsed again each time it went on from its last good state."""
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a supernet is trained.
-
-    strategy: which architectures a step trains; see `nas.strategies`.
-    architectures: size of the strategy's fixed set.
-    micro_batches: architectures trained, and gradients accumulated, in one step.
-    arithmetic: fp32, fp32_channels_last, bf16_channels_last, or auto, which times a few steps of each; name one
-        where the same seed must give the same weights.
-    warmup: share of all steps in which the learning rate rises linearly; then it follows a cosine to zero.
-    crop_padding: pixels of reflected border from which random crops are taken.
-    evaluate_every: epochs between evaluations of the smallest and the largest subnet.
-    """
-
-    strategy: str = "sorted"
-    architectures: int = 160
-    epochs: int = 20
-    batch_size: int = 64
-    micro_batches: int = 1
-    optimizer: str = "sgd"
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup: float = 0.05
-    label_smoothing: float = 0.1
-    flip: bool = False
-    crop_padding: int = 0
-    arithmetic: str = "auto"
-    evaluate_every: int = 1
-
-    def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"train.strategy = {self.strategy!r}; expected one of {', '.join(STRATEGIES)}")
-        if self.optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"train.optimizer = {self.optimizer!r}; expected sgd or adamw")
-        if self.arithmetic not in ("auto", *ARITHMETICS):
-            raise ValueError(f"train.arithmetic = {self.arithmetic!r}; expected auto, {', '.join(ARITHMETICS)}")
-        for name in ("epochs", "batch_size", "micro_batches", "evaluate_every", "learning_rate"):
-            self._check(name, getattr(self, name) > 0, "more than 0")
-        for name in ("weight_decay", "crop_padding"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("momentum", "label_smoothing"):
-            self._check(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
-        self._check("warmup", 0 <= self.warmup <= 1, "a share of the steps, from 0 to 1")
-        self._check("architectures", 2 <= self.architectures <= LARGEST_SET, f"2 to {LARGEST_SET}")
-
-    def _check(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise ValueError(f"train.{name} = {getattr(self, name)}; expected {expected}")
-
-
-def learning_rate_at(step: int, steps: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine that ends at zero."""
-    warm = max(1, round(settings.warmup * steps))
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+class _Collapse(Exception):
+    """Why training cannot go on from here."""
 
 
 def train(
@@ -113,9 +63,10 @@ def train(
     seed: int = 0,
     folder: Path | None = None,
     settings: TrainSettings | None = None,
+    strategy: Strategy | str | None = None,
     **options: object,
 ) -> dict[str, float]:
-    """Train a supernet in place; returns the last loss and the accuracies of the smallest and largest subnet.
+    """Train a supernet in place; returns what the last evaluation found.
 
     Args:
         supernet: of a space that fits the data's channels and classes.
@@ -123,13 +74,28 @@ def train(
         seed: of data order, augmentation and architectures.
         folder: where checkpoints (`supernet/`) and `metrics.jsonl` go; a run found there goes on. None keeps nothing.
         settings: how; or give fields of `TrainSettings` as keywords.
+        strategy: a strategy of your own, or the name of one; by default the one that the settings name.
 
-    Raises TrainingDiverged when the loss is not finite (the last good checkpoint stays), ValueError when the
-    space does not fit the data.
+    Returns loss; accuracy on val_search and gradient norm of the smallest, middle and largest subnet; macs spent,
+    seconds, rollbacks.
+
+    Raises TrainingDiverged when training collapsed (a loss that is not finite, or a subnet back at chance) more
+    often than a lower learning rate could help, the last good checkpoint kept; ValueError when the space does not
+    fit the data.
     """
+    if isinstance(strategy, str):
+        options["strategy"], strategy = strategy, None
+    if settings is not None and options:
+        raise ValueError(f"train got settings and {', '.join(options)}; expected one or the other")
     settings = settings or TrainSettings(**options)  # type: ignore[arg-type]
     check_fit(supernet.space, data)
-    return _Trainer(supernet, data, settings, seed, folder).run()
+    if settings.kernel_transforms != supernet.kernel_transforms:
+        raise ValueError(
+            f"train.kernel_transforms is {settings.kernel_transforms}, but the supernet was made with "
+            f"kernel_transforms={supernet.kernel_transforms}; expected the same"
+        )
+    with workers() as joined:
+        return _Trainer(supernet, data, settings, seed, folder, joined, strategy).run()
 
 
 def check_fit(space: SearchSpace, data: Data) -> None:
@@ -143,190 +109,299 @@ def check_fit(space: SearchSpace, data: Data) -> None:
         )
 
 
+def steps_of(settings: TrainSettings, images: int) -> tuple[int, int]:
+    """(optimizer steps in an epoch, in the whole training) for a number of training images."""
+    an_epoch = max(1, images // settings.images_a_step)
+    return an_epoch, settings.steps or an_epoch * settings.epochs
+
+
 class _Trainer:
     """The state of one training: everything that a checkpoint holds, and what is derived from it."""
 
-    def __init__(self, supernet: Supernet, data: Data, settings: TrainSettings, seed: int, folder: Path | None) -> None:
-        self.supernet, self.data, self.settings, self.seed, self.folder = supernet, data, settings, seed, folder
-        self.device = pick_device()
-        self.supernet.to(self.device)
-        self.strategy: Strategy = STRATEGIES[settings.strategy](supernet.space, seed, settings.architectures)
+    def __init__(
+        self,
+        supernet: Supernet,
+        data: Data,
+        settings: TrainSettings,
+        seed: int,
+        folder: Path | None,
+        joined: Workers,
+        strategy: Strategy | None = None,
+    ) -> None:
+        self.supernet, self.data, self.settings, self.seed, self.workers = supernet, data, settings, seed, joined
+        self.folder = folder
+        self.supernet.to(joined.device)
+        if len(data["train"]) < settings.micro_batches * joined.count:
+            raise ValueError(f"{len(data['train'])} training images; expected one or more a micro-batch and process")
+        self.steps_an_epoch, self.steps = steps_of(settings, len(data["train"]))
+        self.strategy = strategy or STRATEGIES[settings.strategy](supernet.space, seed, self.steps, settings)
         self.optimizer = _optimizer(supernet, settings)
-        if len(data["train"]) < settings.micro_batches:
-            raise ValueError(f"{len(data['train'])} training images; expected one or more a micro-batch")
-        per_step = settings.batch_size * settings.micro_batches
-        self.steps_an_epoch = max(1, len(data["train"]) // per_step)
-        self.steps = self.steps_an_epoch * settings.epochs
+        self.runner = StepRunner(supernet, data, settings, seed, joined)
+        self.average = _average(supernet, settings.average) if settings.average else None
+        self.guard = Guard.of(data, settings.patience)
         self.step = 0
-        self.arithmetic = settings.arithmetic
+        self.rollbacks = 0
+        self.seconds = 0.0
         self.results: dict[str, float] = {}
-        self.kept = False  # whether the folder holds a checkpoint
+        self._good: tuple[Tensors, dict[str, Any]] | None = None  # what a collapse goes back to
 
     def run(self) -> dict[str, float]:
         self._restore()
-        if self.arithmetic == "auto":
-            self.arithmetic = self._fastest_arithmetic()
-        saved = time.monotonic()
-        with progress_bar(total=self.steps, initial=self.step, desc="train", unit="step", smoothing=0.02) as bar:
+        if self.runner.arithmetic == "auto" and self.step < self.steps:
+            batch = next(iter(self._epoch(0)))[0]
+            self.runner.arithmetic = self.workers.broadcast(
+                fastest_arithmetic(self.runner, self.strategy.step(self.step), batch)
+            )
+        with progress_bar(
+            total=self.steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            smoothing=0.02,
+            disable=not self.workers.is_first,
+        ) as bar:
             while self.step < self.steps:
-                epoch = self.step // self.steps_an_epoch
-                for batches in self._epoch(epoch):
-                    loss = self._train_step(batches)
-                    self.step += 1
-                    bar.update()
-                    self._show(bar, loss)
-                    if time.monotonic() - saved > CHECKPOINT_SECONDS and self.step % self.steps_an_epoch:
-                        self._save()
-                        saved = time.monotonic()
-                self._end_epoch(epoch + 1, loss)
-                saved = time.monotonic()
+                try:
+                    self._train_epoch(bar)
+                except _Collapse as collapse:
+                    self._roll_back(str(collapse))
+                    bar.n = self.step
+                    bar.refresh()
+        self._keep_average()
         return self.results
+
+    def _train_epoch(self, bar: tqdm[Any]) -> None:
+        """Train what is left of an epoch, evaluate, and keep what there is."""
+        epoch = self.step // self.steps_an_epoch
+        started = saved = time.monotonic()
+        for batches in self._epoch(epoch):
+            loss = self._train_step(batches)
+            self.step += 1
+            bar.update()
+            self._show(bar, loss)
+            if self.step == self.steps:
+                break
+            if self._is_due(saved) and self.step % self.steps_an_epoch:
+                self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
+                self._save()
+                saved = time.monotonic()
+        self.seconds += time.monotonic() - started
+        self._end_epoch(epoch + 1, loss)
+
+    def _is_due(self, saved: float) -> bool:
+        """Whether it is time for a checkpoint; the first worker's clock decides, now and then, for all."""
+        if self.workers.count == 1:
+            return time.monotonic() - saved > CHECKPOINT_SECONDS
+        return self.step % 100 == 0 and bool(self.workers.broadcast(time.monotonic() - saved > CHECKPOINT_SECONDS))
 
     # one step ------------------------------------------------------------------------------------------
 
-    def _epoch(self, epoch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """The micro-batches of each remaining step of an epoch."""
+    def _epoch(self, epoch: int) -> Iterator[list[Batch]]:
+        """This worker's micro-batches of each remaining step of an epoch."""
         settings, split = self.settings, self.data["train"]
         order = np.random.default_rng([self.seed, 3, epoch]).permutation(len(split))
         count = self.steps_an_epoch * settings.micro_batches
         batches = np.array_split(order[: count * settings.batch_size], count)
-        first = (self.step - epoch * self.steps_an_epoch) * settings.micro_batches
-        streamed = split.batches(settings.batch_size, batches[first:])
-        while group := [batch for _, batch in zip(range(settings.micro_batches), streamed, strict=False)]:
+        batches = batches[(self.step - epoch * self.steps_an_epoch) * settings.micro_batches :]
+        streamed = split.batches(settings.batch_size, [self.workers.share(batch) for batch in batches])
+        parts = (Batch(*part, len(whole)) for part, whole in zip(streamed, batches, strict=True))
+        while group := list(islice(parts, settings.micro_batches)):
             yield group
 
-    def _train_step(self, batches: list[tuple[Tensor, Tensor]]) -> float:
-        self.supernet.train()
+    def _train_step(self, batches: list[Batch]) -> float:
+        plan = self.strategy.step(self.step)
+        for event in plan.events:
+            self._happen(event)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, self.steps, self.settings)
+            group["lr"] = self.settings.learning_rate * plan.learning_rate * LOWER**self.rollbacks
         self.optimizer.zero_grad(set_to_none=True)
-        architectures = self.strategy.architectures(self.step, len(batches))
-        generator = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, 4, self.step]).integers(2**62)))
-        total = 0.0
-        for (pixels, labels), architecture in zip(batches, architectures, strict=True):
-            pixels = augment(
-                pixels.to(self.device),
-                flip=self.settings.flip,
-                crop_padding=self.settings.crop_padding,
-                generator=generator,
-            )
-            loss = self._loss(self.supernet, pixels, labels, architecture, self.arithmetic) / len(batches)
-            loss.backward()
-            total += float(loss.detach())
-        if not math.isfinite(total):
-            raise TrainingDiverged(self._divergence(f"the loss became {total}"))
+        loss = self.runner.gradients(plan, self.step, self.steps, self.rollbacks, batches)
+        if not math.isfinite(loss):
+            raise _Collapse(f"the loss became {loss}")
         self.optimizer.step()
-        return total
+        if self.average is not None:
+            self.average.update_parameters(self.supernet)
+        return loss
 
-    def _loss(
-        self, supernet: Supernet, pixels: Tensor, labels: Tensor, architecture: Architecture, arithmetic: str
-    ) -> Tensor:
-        x = self.data.prepare(pixels, supernet.network(architecture).input_shape[1])
-        channels_last = arithmetic.endswith("channels_last")  # augmented images come in either format
-        x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=arithmetic.startswith("bf16")):
-            logits = supernet(x, architecture)
-        return F.cross_entropy(logits.float(), labels.to(self.device), label_smoothing=self.settings.label_smoothing)
+    def _happen(self, event: str) -> None:
+        if event == FREEZE_TEACHER:
+            self.runner.freeze_teacher()
+        elif event == SORT_CHANNELS:
+            self._sort_channels()
+        else:
+            raise ValueError(f"a strategy planned the event {event!r}; expected {FREEZE_TEACHER} or {SORT_CHANNELS}")
 
-    def _fastest_arithmetic(self) -> str:
-        """Time forward and backward of a middle network in each arithmetic; fp32 unless another is 10 % faster."""
-        count = min(self.settings.batch_size, len(self.data["train"]))
-        pixels, labels = next(self.data["train"].batches(count, [np.arange(count)]))
-        pixels = pixels.to(self.device)
-        architectures = self.strategy.architectures(0, 2)
-        trial = copy.deepcopy(self.supernet)
-        seconds: dict[str, float] = {}
-        for _ in range(3):  # interleaved, and the best of three, since machines have slow moments
-            for arithmetic in ARITHMETICS:
-                if seconds.get(arithmetic, 0.0) > 2 * min(seconds.values(), default=0.0):
-                    continue  # bf16 without hardware for it is many times slower: once is enough to know
-                start = time.perf_counter()
-                for architecture in architectures:
-                    self._loss(trial, pixels, labels, architecture, arithmetic).backward()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[arithmetic] = min(seconds.get(arithmetic, math.inf), time.perf_counter() - start)
-        best = min(seconds, key=lambda name: seconds[name] * (1.0 if name != "fp32" else 0.9))
-        shown = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in seconds.items())
-        log.info("training in %s (%s)", best, shown)
-        return best
+    def _sort_channels(self) -> None:
+        """Sort the channels of the weights, and of all that belongs to them."""
+        orders = sort_channels(self.supernet)
+        held: dict[str, Tensors] = {}
+        for name, parameter in self.supernet.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    held.setdefault(key, {})[name] = value
+        for tensors in held.values():
+            permute(tensors, orders)
+        if self.average is not None:
+            permute(dict(self.average.module.named_parameters()), orders)
 
     # around the steps ----------------------------------------------------------------------------------
 
     def _show(self, bar: tqdm[Any], loss: float) -> None:
         if self.step % 10 and self.step != self.steps:
             return
-        rate = bar.format_dict["rate"] or 0.0
-        images = rate * self.settings.batch_size * self.settings.micro_batches
+        images = (bar.format_dict["rate"] or 0.0) * self.settings.images_a_step
         shown = {"loss": f"{loss:.3f}", "images/s": f"{images:.0f}"}
         if self.results:
-            shown |= {"smallest": f"{self.results['smallest']:.1%}", "largest": f"{self.results['largest']:.1%}"}
+            shown |= {name: f"{self.results[name]:.1%}" for name in ("smallest", "largest")}
         bar.set_postfix(shown, refresh=False)
 
     def _end_epoch(self, epoch: int, loss: float) -> None:
-        last = epoch == self.settings.epochs
-        if last or epoch % self.settings.evaluate_every == 0:
-            self.results = {"loss": loss, **self._accuracies()}
-            self._record({"step": self.step, "epoch": epoch, **self.results})
-        self._save()
+        if self.step < self.steps and epoch % self.settings.evaluate_every:
+            self._save()
+            return
+        found = self.workers.broadcast(examine(self._evaluated, self.data) if self.workers.is_first else None)
+        spent = {"macs": float(self.runner.macs), "seconds": round(self.seconds, 2), "rollbacks": float(self.rollbacks)}
+        self.results = {"loss": loss, **found, **spent}
+        self._record({"step": self.step, "epoch": epoch, **self.results})
+        watched = self.strategy.step(self.step - 1).watched
+        collapse = self.guard.collapse(found, watched)
+        if collapse:
+            raise _Collapse(collapse)
+        self._save(good=self.guard.healthy)
 
-    def _accuracies(self) -> dict[str, float]:
-        space = self.supernet.space
-        found = {}
-        for name, architecture in (("smallest", space.smallest), ("largest", space.largest)):
-            subnet = self.supernet.extract(architecture)
-            recalibrate(subnet, [x.to(self.device) for x in calibration_images(self.data, subnet)])
-            found[name] = accuracy(subnet, self.data, "val_search")
-        return found
+    @property
+    def _evaluated(self) -> Supernet:
+        """What is worth evaluating: the average of the weights, where one is kept."""
+        return self.supernet if self.average is None else cast(Supernet, self.average.module)
 
-    def _record(self, entry: dict[str, float]) -> None:
-        if self.folder is not None:
+    def _record(self, entry: Mapping[str, object]) -> None:
+        if self.folder is not None and self.workers.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
 
+    def _roll_back(self, reason: str) -> None:
+        """Go back to the last good state, with a lower learning rate; the report goes to log and metrics."""
+        at = self.step
+        if self.rollbacks == RETRIES or self._good is None:
+            raise TrainingDiverged(self._divergence(reason))
+        rollbacks, macs, arithmetic = self.rollbacks + 1, self.runner.macs, self.runner.arithmetic
+        self._unpack(*self._good)
+        self.rollbacks, self.runner.macs, self.runner.arithmetic = rollbacks, macs, arithmetic
+        rate = self.settings.learning_rate * LOWER**rollbacks
+        log.warning(
+            "%s at step %d: going back to step %d with a learning rate of %g at most", reason, at, self.step, rate
+        )
+        if self.folder is not None and self.workers.is_first:
+            _truncate_metrics(self.folder, self.step)
+        self._record(
+            {"step": self.step, "event": "rollback", "reason": f"{reason} at step {at}", "learning_rate": rate}
+        )
+        self._save()
+
     def _divergence(self, what: str) -> str:
-        kept = f"the last good checkpoint stays in {self.folder / 'supernet'}; " if self.folder and self.kept else ""
+        good = self.folder is not None and self._good is not None and self._good[1]["step"]
+        kept = f"the last good checkpoint stays in {self.folder / GOOD}; " if self.folder and good else ""
+        tried = f" after {self.rollbacks} attempts with lower learning rates" if self.rollbacks else ""
         return (
-            f"{what} at step {self.step} of {self.steps}; {kept}"
+            f"{what} at step {self.step} of {self.steps}{tried}; {kept}"
             f"lower train.learning_rate (now {self.settings.learning_rate:g}) or raise train.warmup "
             f"(now {self.settings.warmup:g}) and start again"
         )
 
+    def _keep_average(self) -> None:
+        """The average is what was evaluated, so it is what is left in the supernet."""
+        if self.average is not None:
+            with torch.no_grad():
+                for own, averaged in zip(self.supernet.parameters(), self.average.module.parameters(), strict=True):
+                    own.copy_(averaged)
+
     # checkpoints ---------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _save(self, *, good: bool = False) -> None:
+        """Keep the state; a good one is one that a collapse may go back to."""
+        tensors, state = self._pack()
+        spoilt = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+        if spoilt:  # the loss would only show it one step later, when the checkpoint is spoilt too
+            raise _Collapse(f"{spoilt} is not finite")
+        if good:
+            self._good = {name: tensor.detach().clone() for name, tensor in tensors.items()}, state
+        if self.folder is not None and self.workers.is_first:
+            if good:
+                save_checkpoint(self.folder / GOOD, self.step, tensors, state)
+            save_checkpoint(self.folder / LATEST, self.step, tensors, state)
+
+    def _pack(self) -> tuple[Tensors, dict[str, Any]]:
         tensors = {f"weights/{name}": tensor for name, tensor in self.supernet.state_dict().items()}
         for name, parameter in self.supernet.named_parameters():
             held = self.optimizer.state.get(parameter, {})
             tensors |= {f"optimizer/{name}/{key}": value for key, value in held.items() if isinstance(value, Tensor)}
-        spoilt = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-        if spoilt:  # the loss would only show it one step later, when the checkpoint is spoilt too
-            raise TrainingDiverged(self._divergence(f"{spoilt} is not finite"))
-        if self.folder is None:
-            return
-        state = {
+        if self.average is not None:
+            tensors |= {f"average/{name}": tensor for name, tensor in self.average.module.named_parameters()}
+        if self.runner.teacher is not None:
+            tensors |= {f"teacher/{name}": tensor for name, tensor in self.runner.teacher.state_dict().items()}
+        lowest = self.runner.lowest_variance
+        return tensors, {
             "step": self.step,
             "steps": self.steps,
-            "arithmetic": self.arithmetic,
+            "arithmetic": self.runner.arithmetic,
             "results": self.results,
             "settings": asdict(self.settings),
             "seed": self.seed,
             "data": self.data.key,
             "space": self.supernet.space.name,
+            "rollbacks": self.rollbacks,
+            "macs": self.runner.macs,
+            "seconds": self.seconds,
+            "guard": self.guard.state(),
+            "averaged": int(self.average.n_averaged) if self.average is not None else 0,
+            "lowest_variance": lowest if math.isfinite(lowest) else None,
         }
-        save_checkpoint(self.folder / "supernet", self.step, tensors, state)
-        self.kept = True
+
+    def _unpack(self, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """Put a state back; the inverse of `_pack`."""
+        self.supernet.load_state_dict(_under("weights/", tensors))
+        self.optimizer.state.clear()
+        for name, parameter in self.supernet.named_parameters():
+            held = _under(f"optimizer/{name}/", tensors)
+            if held:  # AdamW counts its steps on the CPU
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(self.workers.device, copy=True)
+                    for key, value in held.items()
+                }
+        if self.average is not None:
+            self.average.module.load_state_dict(_under("average/", tensors), strict=False)
+            self.average.n_averaged.fill_(state["averaged"])
+        self.runner.teacher = None
+        taught = _under("teacher/", tensors)
+        if taught:
+            self.runner.freeze_teacher().load_state_dict(taught)
+        self.step, self.rollbacks = int(state["step"]), int(state["rollbacks"])
+        self.runner.arithmetic, self.runner.macs = str(state["arithmetic"]), int(state["macs"])
+        lowest = state["lowest_variance"]
+        self.runner.lowest_variance = math.inf if lowest is None else float(lowest)
+        self.seconds, self.results = float(state["seconds"]), dict(state["results"])
+        self.guard.restore(state["guard"])
 
     def _restore(self) -> None:
-        if self.folder is None:
-            return
-        found = load_checkpoint(self.folder / "supernet")
+        """Go on from the checkpoint of the folder, if there is one."""
+        kept = (self._kept(LATEST), self._kept(GOOD)) if self.workers.is_first else None
+        found, self._good = self.workers.broadcast(kept)
+        if self._good is None:  # nothing is good yet but the beginning
+            tensors, state = self._pack()
+            self._good = {name: tensor.detach().clone() for name, tensor in tensors.items()}, state
+        if found is not None:
+            self._unpack(*found)
+        if self.folder is not None and self.workers.is_first:
+            _truncate_metrics(self.folder, self.step)
+        if 0 < self.step < self.steps:
+            log.info("going on from step %d of %d", self.step, self.steps)
+
+    def _kept(self, where: Path) -> tuple[Tensors, dict[str, Any]] | None:
+        found = load_checkpoint(self.folder / where) if self.folder is not None else None
         if found is None:
-            _truncate_metrics(self.folder, 0)
-            return
+            return None
         tensors, state = found
-        self.kept = True
         expected = {"space": self.supernet.space.name, "data": self.data.key, "settings": asdict(self.settings)}
         changed = [name for name, value in expected.items() if state[name] != value]
         if changed or state["seed"] != self.seed:
@@ -334,25 +409,17 @@ class _Trainer:
                 f"{self.folder} was trained with another {', '.join(changed) or 'seed'}; "
                 "use another run directory, or delete its supernet folder"
             )
-        load_weights(self.supernet, tensors)
-        for name, parameter in self.supernet.named_parameters():
-            prefix = f"optimizer/{name}/"
-            held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if held:  # AdamW counts its steps on the CPU
-                self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(self.device) for key, value in held.items()
-                }
-        self.step, self.arithmetic = int(state["step"]), str(state["arithmetic"])  # type: ignore[call-overload]
-        self.results = dict(state["results"])  # type: ignore[call-overload]
-        _truncate_metrics(self.folder, self.step)
-        if self.step < self.steps:
-            log.info("going on from step %d of %d", self.step, self.steps)
+        return tensors, state
 
 
-def load_weights(supernet: Supernet, tensors: dict[str, Tensor]) -> None:
-    """Put the weights of a checkpoint into a supernet of the same space."""
-    prefix = "weights/"
-    supernet.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+def load_weights(supernet: Supernet, tensors: Tensors) -> None:
+    """Put the weights of a checkpoint into a supernet of the same space: their average, if one was kept."""
+    supernet.load_state_dict(_under("weights/", tensors))
+    supernet.load_state_dict(_under("average/", tensors), strict=False)
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _truncate_metrics(folder: Path, step: int) -> None:
@@ -361,6 +428,16 @@ def _truncate_metrics(folder: Path, step: int) -> None:
     if path.exists():
         whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         write_text(path, "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
+
+
+def _average(supernet: Supernet, decay: float) -> AveragedModel:
+    """An exponential moving average that follows quickly at first, when there is little to average."""
+
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+        kept = min(decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(list(averaged), list(current), 1 - kept)
+
+    return AveragedModel(supernet, multi_avg_fn=update)
 
 
 def _optimizer(supernet: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from search_spaces.compact_transformer import CompactTransformer
 from search_spaces.layers import INPUT, KINDS, InvalidNetwork, Layer, Network, keeps_quantization
 from search_spaces.mobilenet import MobileNet
 from search_spaces.precision import FP32, INT8, PRECISIONS, Precision, precision_of
-from search_spaces.space import Architecture, Choice, InvalidArchitecture, SearchSpace, Slot
+from search_spaces.space import RESTRICT, Architecture, Choice, InvalidArchitecture, NotScalable, SearchSpace, Slot
 
 FAMILIES: Mapping[str, type[SearchSpace]] = {
     "mobilenet": MobileNet,
@@ -32,6 +32,7 @@ __all__ = [
     "Layer",
     "MobileNet",
     "Network",
+    "NotScalable",
     "Precision",
     "SearchSpace",
     "Slot",
@@ -49,17 +50,24 @@ class UnknownSpace(LookupError):
 def build_space(family: str, settings: Mapping[str, object]) -> SearchSpace:
     """The space of a family with these settings.
 
+    Every family takes the setting `restrict` besides its own: the options to keep of the choices it names, such as
+    `{"stage1.depth": [2]}` (see `SearchSpace.restricted`).
+
     Raises UnknownSpace for the family and ValueError for a setting, each with the nearest known name.
     """
     if family not in FAMILIES:
         raise UnknownSpace(f"unknown space {family!r}{_nearest(family, FAMILIES)}")
-    known = inspect.signature(FAMILIES[family].__init__).parameters
+    known = [name for name in (*inspect.signature(FAMILIES[family].__init__).parameters, RESTRICT) if name != "self"]
     for key in settings:
-        if key not in known or key == "self":
+        if key not in known:
             raise ValueError(f"space {family}: unknown setting {key!r}{_nearest(key, known)}")
-    return FAMILIES[family](**settings)  # type: ignore[arg-type]
+    space = FAMILIES[family](**{key: value for key, value in settings.items() if key != RESTRICT})  # type: ignore[arg-type]
+    restrict = settings.get(RESTRICT, {})
+    if not isinstance(restrict, Mapping) or not all(isinstance(name, str) for name in restrict):
+        raise ValueError(f"space {family}: {RESTRICT} = {restrict!r}: expected the options to keep, by choice")
+    return space.restricted(restrict) if restrict else space
 
 
-def _nearest(name: str, known: Mapping[str, object]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(n for n in known if n != 'self')}"
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

@@ -50,14 +50,23 @@ class SettingReader:
         """Whole numbers in the order given."""
         return tuple(self.whole(name, value, low, high) for value in self._listed(name, values))
 
+    def numbers(self, name: str, values: object, low: float) -> tuple[int | float, ...]:
+        """Numbers of at least `low`, in the order given."""
+        return tuple(self.number(name, value, low) for value in self._listed(name, values))
+
     def whole_options(self, name: str, values: object, low: int = 1, high: float = math.inf) -> tuple[int, ...]:
         """Distinct whole numbers, at least one, sorted."""
         return tuple(sorted(self._distinct(name, self.wholes(name, values, low, high))))
 
     def number_options(self, name: str, values: object, low: float) -> tuple[int | float, ...]:
         """Distinct numbers of at least `low`, at least one, sorted."""
-        numbers = [self.number(name, value, low) for value in self._listed(name, values)]
-        return tuple(sorted(self._distinct(name, numbers)))
+        return tuple(sorted(self._distinct(name, self.numbers(name, values, low))))
+
+    def flag(self, name: str, value: object) -> bool:
+        """True or false."""
+        if not isinstance(value, bool):
+            self.refuse(name, value, "true or false")
+        return value
 
     def flags(self, name: str, values: object) -> tuple[bool, ...]:
         """True or false, in the order given."""

@@ -10,7 +10,7 @@ whatever its widths, so that a weight always sees the same kind of block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -29,6 +29,7 @@ from search_spaces.precision import precision_of
 from search_spaces.space import Choice, Condition, SearchSpace, Slot, Value, Values
 
 NONLINEARITIES = ("relu", "relu6", "hardswish")
+WIDTH_MULTIPLIERS = (0.5, 0.75, 1.0)
 
 
 def round_width(width: float, divisor: int) -> int:
@@ -50,6 +51,12 @@ class _Block:
     nonlinearity: str
     padding: str
     divisor: int
+    coupled: tuple[tuple[int, int | float], ...]  # (depth of the stage, expansion); empty where each block chooses
+
+    def expansion(self, values: Values) -> Value:
+        if self.coupled:
+            return dict(self.coupled)[int(values[f"{self.stage}.depth"])]
+        return values[f"{self.name}.expansion"]
 
 
 def _size(resolution: Value, reduction: int) -> int:
@@ -110,7 +117,7 @@ def _lower_block(block: _Block, values: Values) -> tuple[Layer, ...]:
     size = _size(values["resolution"], block.reduction * (1 if block.index == 0 else block.stride))
     stride = 1 if block.index else block.stride
     source = tensor = Port(PREV, (in_width, size, size))
-    expansion = values[f"{block.name}.expansion"]
+    expansion = block.expansion(values)
     hidden = in_width if expansion == 1 else round_width(in_width * float(expansion), block.divisor)
     made: list[Layer] = []
     if expansion != 1:
@@ -171,6 +178,8 @@ class MobileNet(SearchSpace):
         depths: options for the number of blocks of each stage.
         kernels: options for the depthwise kernel of each block (odd).
         expansions: options for the expansion of each block; 1 leaves the expanding convolution out.
+        coupled: tie the expansion of all blocks of a stage to its depth: depths[i] goes with expansions[i]
+            (CompOFA, arXiv 2104.12642), so that no block chooses its expansion.
         squeeze_excite: options for squeeze-excite in each block.
         precisions: options for the precision of each layer with weights.
         strides: stride of each stage, 1 or 2; by default as many 2s as keep the last map at 4 pixels or more.
@@ -190,7 +199,7 @@ class MobileNet(SearchSpace):
         channels: int = 3,
         classes: int = 10,
         widths: Sequence[int] = (16, 24, 40, 80),
-        width_multipliers: Sequence[float] = (0.5, 0.75, 1.0),
+        width_multipliers: Sequence[float] = WIDTH_MULTIPLIERS,
         depths: Sequence[int] = (1, 2, 3),
         kernels: Sequence[int] = (3, 5),
         expansions: Sequence[float] = (2, 4),
@@ -203,12 +212,14 @@ class MobileNet(SearchSpace):
         nonlinearity: str = "relu6",
         padding: str = "symmetric",
         divisor: int = 8,
+        coupled: bool = False,
     ) -> None:
         read = SettingReader("mobilenet")
         resolutions = read.whole_options("resolutions", resolutions, SMALLEST_RESOLUTION, LARGEST_RESOLUTION)
         channels, classes = read.whole("channels", channels), read.whole("classes", classes, 2)
         widths = read.wholes("widths", widths)
         width_multipliers = read.number_options("width_multipliers", width_multipliers, 0.01)
+        pairs = _coupled(read, depths, expansions) if read.flag("coupled", coupled) else ()
         depths = read.whole_options("depths", depths)
         kernels = read.whole_options("kernels", kernels)
         expansions = read.number_options("expansions", expansions, 1)
@@ -259,9 +270,8 @@ class MobileNet(SearchSpace):
             choices += [width(stage, base), Choice(f"{stage}.depth", depths, "depth")]
             for index in range(depths[-1]):
                 name = f"{stage}.block{index}"
-                block = _Block(name, stage, previous, index, stride, reduction, nonlinearity, padding, divisor)
-                when = deeper_than(index, f"{stage}.depth", depths)
-                own = _block_choices(name, when, kernels, expansions, excitations, precisions)
+                block = _Block(name, stage, previous, index, stride, reduction, nonlinearity, padding, divisor, pairs)
+                own = _block_choices(block, depths, kernels, expansions, excitations, precisions)
                 choices += own
                 shared = ["resolution", f"{stage}.width", f"{stage}.depth"]
                 shared += [] if index else [f"{previous}.width"]
@@ -295,28 +305,109 @@ class MobileNet(SearchSpace):
             "padding": padding,
             "divisor": divisor,
         }
+        if coupled:  # left out otherwise, so that spaces keep the names they had
+            settings["coupled"] = True
         super().__init__("mobilenet", settings, choices, slots, square_input(channels), classes)
+
+    @classmethod
+    def placed(
+        cls, settings: Mapping[str, object], *, resolution: int, width: float, precisions: Sequence[str]
+    ) -> dict[str, object]:
+        """The settings for one input side, with the width multipliers times `width`; see `SearchSpace.placed`."""
+        given = settings.get("width_multipliers", WIDTH_MULTIPLIERS)
+        read = SettingReader("mobilenet")
+        multipliers = [
+            round(multiplier * width, 6) for multiplier in read.number_options("width_multipliers", given, 0)
+        ]
+        return {
+            **settings,
+            "resolutions": [resolution],
+            "width_multipliers": multipliers,
+            "precisions": list(precisions),
+        }
+
+    @classmethod
+    def scaled(
+        cls, settings: Mapping[str, object], *, resolution: float, depth: float, width: float
+    ) -> dict[str, object]:
+        """Complete settings, scaled; stem and head keep their widths, as in TinyNets (arXiv 2010.14819).
+
+        Sides and depths are rounded, at least one block and one pixel of the last map; where two depths become one,
+        the deeper one's coupled expansion stays. Widths are multiples of the divisor.
+        """
+        read = SettingReader("mobilenet")
+        strides, stem_stride = (
+            read.wholes("strides", settings["strides"]),
+            read.whole("stem_stride", settings["stem_stride"]),
+        )
+        smallest = max(SMALLEST_RESOLUTION, stem_stride * prod(strides))
+        sides = {
+            max(smallest, _rounded(side * resolution)) for side in read.wholes("resolutions", settings["resolutions"])
+        }
+        divisor = read.whole("divisor", settings["divisor"])
+        depths = [max(1, _rounded(blocks * depth)) for blocks in read.wholes("depths", settings["depths"])]
+        scaled = {
+            **settings,
+            "resolutions": sorted(sides),
+            "depths": sorted(set(depths)),
+            "widths": [round_width(base * width, divisor) for base in read.wholes("widths", settings["widths"])],
+        }
+        if settings.get("coupled"):
+            expansions = read.numbers("expansions", settings["expansions"], 1)
+            scaled["expansions"] = list(dict(zip(depths, expansions, strict=True)).values())
+        return scaled
+
+
+def _rounded(value: float) -> int:
+    return int(value + 0.5)
+
+
+def _coupled(read: SettingReader, depths: object, expansions: object) -> tuple[tuple[int, int | float], ...]:
+    """(depth, expansion) at each place of the two lists, both rising."""
+    deep, wide = read.wholes("depths", depths), read.numbers("expansions", expansions, 1)
+    if len(deep) != len(wide):
+        read.refuse("expansions", list(wide), f"{len(deep)}, one for each depth, as they are coupled")
+    pairs = sorted(zip(deep, wide, strict=True))
+    if [expansion for _, expansion in pairs] != sorted(wide):
+        read.refuse("expansions", list(wide), f"more where depths = {list(deep)} has more, as they are coupled")
+    return tuple(pairs)
+
+
+def _when_expanded(
+    block: _Block, depths: tuple[int, ...], expansions: tuple[int | float, ...]
+) -> tuple[Condition, ...] | None:
+    """When the block has its expanding convolution; None where it never has."""
+    depth = f"{block.stage}.depth"
+    if block.coupled:
+        grown = tuple(option for option, expansion in block.coupled if option > block.index and expansion != 1)
+        when: tuple[Condition, ...] = () if grown == depths else ((depth, grown),)
+        return when if grown else None
+    growing: Condition = (f"{block.name}.expansion", tuple(expansion for expansion in expansions if expansion != 1))
+    return (*deeper_than(block.index, depth, depths), growing) if growing[1] else None
 
 
 def _block_choices(
-    name: str,
-    when: tuple[Condition, ...],
+    block: _Block,
+    depths: tuple[int, ...],
     kernels: tuple[int, ...],
     expansions: tuple[int | float, ...],
     squeeze_excite: tuple[bool, ...],
     precisions: tuple[str, ...],
 ) -> list[Choice]:
-    grown: Condition = (f"{name}.expansion", tuple(expansion for expansion in expansions if expansion != 1))
+    name = block.name
+    when = deeper_than(block.index, f"{block.stage}.depth", depths)
     excited: Condition = (f"{name}.squeeze_excite", (True,))
-    choices = [
-        Choice(f"{name}.kernel", kernels, "kernel", when),
-        Choice(f"{name}.expansion", expansions, "expand", when),
+    expanded = _when_expanded(block, depths, expansions)
+    choices = [Choice(f"{name}.kernel", kernels, "kernel", when)]
+    if not block.coupled:
+        choices.append(Choice(f"{name}.expansion", expansions, "expand", when))
+    choices += [
         Choice(f"{name}.squeeze_excite", squeeze_excite, "operator", when),
         precision_choice(f"{name}.depthwise", precisions, *when),
         precision_choice(f"{name}.project", precisions, *when),
     ]
-    if grown[1]:
-        choices.append(precision_choice(f"{name}.expand", precisions, *when, grown))
+    if expanded is not None:
+        choices.append(precision_choice(f"{name}.expand", precisions, *expanded))
     if True in squeeze_excite:
         for part in ("reduce", "expand"):
             choices.append(precision_choice(f"{name}.squeeze_excite.{part}", precisions, *when, excited))

@@ -7,13 +7,15 @@ the concatenation of its slots. Everything else here (sampling, mutation, codes,
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from operator import index
+from typing import Self
 
 import numpy as np
 
@@ -24,9 +26,16 @@ Values = Mapping[str, Value]
 Condition = tuple[str, tuple[Value, ...]]  # the name of an earlier choice, and the options of it that count
 InputShape = Callable[[Values], Shape]
 
+RESTRICT = "restrict"  # the setting, of every family, that limits choices to some of their options
+MOST_LISTED = 1_000_000  # architectures that `SearchSpace.all` agrees to list
+
 
 class InvalidArchitecture(ValueError):
     """A text, code or mapping that names no architecture of the space."""
+
+
+class NotScalable(ValueError):
+    """A family that does not say how its spaces are made larger or smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +104,19 @@ class Slot:
     build: Callable[[Values], tuple[Layer, ...]]
 
     def lower(self, values: Values) -> tuple[Layer, ...]:
-        return self.build({name: values[name] for name in self.reads})
+        return _lowered(self, tuple([values[name] for name in self.reads]))
+
+
+@lru_cache(maxsize=2**13)  # networks of one space share most of their slots
+def _lowered(slot: Slot, values: tuple[Value, ...]) -> tuple[Layer, ...]:
+    return slot.build(dict(zip(slot.reads, values, strict=True)))
 
 
 class SearchSpace:
     """What can be built: choices, slots and everything derived from them.
 
-    `family` and `settings` are what `search_spaces.build_space` needs to make the space again.
+    `family` and `settings` are what `search_spaces.build_space` needs to make the space again; of a restricted
+    space the settings hold `restrict`: the options left of each choice that was limited.
     """
 
     def __init__(
@@ -207,6 +222,26 @@ class SearchSpace:
             values[choice.name] = matches[0]
         return self.build(values)
 
+    def all(self) -> Iterator[Architecture]:
+        """Every architecture once, in the order of their codes; raises ValueError above a million of them."""
+        if self.size > MOST_LISTED:
+            raise ValueError(
+                f"the space {self.name} has {self.size:.3g} architectures, too many to list (at most {MOST_LISTED:,}): "
+                f"restrict it, or sample"
+            )
+        return self._listed()
+
+    def _listed(self) -> Iterator[Architecture]:
+        counts = [len(choice.options) for choice in self.choices]
+        codes = [0] * len(counts)
+        while True:
+            yield self.from_codes(codes)
+            active = self._activity(codes)
+            last = max((i for i, count in enumerate(counts) if active[i] and codes[i] + 1 < count), default=None)
+            if last is None:
+                return
+            codes[last:] = [codes[last] + 1, *[0] * (len(codes) - last - 1)]
+
     @property
     def smallest(self) -> Architecture:
         return self.from_codes([0] * len(self.choices))
@@ -223,7 +258,8 @@ class SearchSpace:
 
     def sample(self, rng: np.random.Generator) -> Architecture:
         """Every choice uniform and independent, then canonical."""
-        return self.from_codes(int(rng.integers(len(choice.options))) for choice in self.choices)
+        counts = [len(choice.options) for choice in self.choices]
+        return self.from_codes([int(rng.integers(count)) if count > 1 else 0 for count in counts])
 
     def mutate(self, architecture: Architecture, rng: np.random.Generator, *, rate: float = 0.1) -> Architecture:
         """Redraw each choice with probability `rate`, at least one active one; differs from the parent if any can."""
@@ -270,6 +306,77 @@ class SearchSpace:
                 out[row, starts[i] + architecture.codes[i]] = 1.0
         return out
 
+    # parts of the space --------------------------------------------------------------------------------
+
+    def restricted(self, values: Mapping[str, Iterable[Value]]) -> Self:
+        """The same networks, with the choices named limited to these options; their order stays.
+
+        A choice that no option left can make active keeps its first option. Layer names stay, and so do the
+        settings, with what is left of each choice under `restrict`, which `build_space` reads back; architectures
+        are those of another space, so go over by `build(architecture.values)`.
+
+        Raises InvalidArchitecture for an unknown choice or option, and where no option is left.
+        """
+        wanted = {self.choice(name).name: self._kept(name, options) for name, options in values.items()}
+        left: dict[str, Choice] = {}
+        never: set[str] = set()
+        for choice in self.choices:
+            options = wanted.get(choice.name, choice.options)
+            conditions = tuple(
+                (parent, _common(counting, left[parent].options)) for parent, counting in choice.active_if
+            )
+            if any(parent in never or not counting for parent, counting in conditions):
+                never.add(choice.name)
+                options = options[:1]
+            left[choice.name] = Choice(choice.name, options, choice.role, conditions)
+        limits = {name: list(kept) for name, kept in wanted.items() if len(kept) < len(self.choice(name).options)}
+        limits = {**self.settings.get(RESTRICT, {}), **limits}  # type: ignore[dict-item]
+        settings = {key: value for key, value in self.settings.items() if key != RESTRICT}
+        if limits:
+            settings[RESTRICT] = {name: limits[name] for name in left if name in limits}
+        part = copy.copy(self)
+        part.__dict__.pop("size", None)  # cached
+        SearchSpace.__init__(
+            part, self.family, settings, tuple(left.values()), self.slots, self._input_shape, self.classes
+        )
+        return part
+
+    def only(self, architecture: Architecture) -> Self:
+        """The space of that one architecture, which is its `smallest`."""
+        values = self._own(architecture).values
+        return self.restricted({name: [values[name]] for name in values if self.is_active(name, architecture)})
+
+    @classmethod
+    def placed(
+        cls, settings: Mapping[str, object], *, resolution: int, width: float, precisions: Sequence[str]
+    ) -> dict[str, object]:
+        """The settings with one input side in pixels, all channels times `width` and these options of precision.
+
+        Raises NotScalable unless the family says how.
+        """
+        raise NotScalable(f"the family {cls.__name__} does not say how to set its input side and widths: no 'placed'")
+
+    @classmethod
+    def scaled(
+        cls, settings: Mapping[str, object], *, resolution: float, depth: float, width: float
+    ) -> dict[str, object]:
+        """Complete settings with the input side, the number of blocks and the channels of the blocks multiplied.
+
+        What a first and last layer have, and where the strides are, stays. Raises NotScalable unless the family
+        says how.
+        """
+        raise NotScalable(f"the family {cls.__name__} does not say how to scale its blocks: it has no method 'scaled'")
+
+    def _kept(self, name: str, values: Iterable[Value]) -> tuple[Value, ...]:
+        """The options of the choice that are among `values`, in their order."""
+        choice = self.choice(name)
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise InvalidArchitecture(f"{name} = {values!r}: expected a list of options out of {list(choice.options)}")
+        codes = {choice.code_of(value) for value in values}
+        if not codes:
+            raise InvalidArchitecture(f"{name}: no option is left; keep one of {list(choice.options)}")
+        return tuple(choice.options[code] for code in sorted(codes))
+
     # networks ------------------------------------------------------------------------------------------
 
     def lower(self, architecture: Architecture) -> Network:
@@ -293,6 +400,10 @@ class SearchSpace:
         yield self.lower(self.smallest)
         for architecture in self.neighbours(self.largest):
             yield self.lower(architecture)
+
+
+def _common(counting: tuple[Value, ...], options: tuple[Value, ...]) -> tuple[Value, ...]:
+    return tuple(option for option in counting if option in options)
 
 
 def _count(choices: Sequence[Choice]) -> int:

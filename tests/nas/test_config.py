@@ -51,6 +51,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"train": {"learning_rate": float("nan")}}, "train.learning_rate: expected float, got nan"),
     ({"train": 5}, "train: expected keys, got 5"),
     ({"data": {}}, "missing key 'data.path'; set it in the YAML file or with --set data.path=..."),
+    ({"data": {"path": "digits", "train_share": 2}}, "data: train_share = 2.0; expected a share above 0"),
+    ({"data": {"path": "digits", "coreset": "best"}}, "data: coreset = 'best'; expected one of random, quantization"),
     ({"space": {"widths": [8]}}, "space.family is missing"),
     ({"space": {"family": ["mobilenet"]}}, "space.family is missing"),
     ({"space": {"family": "mobilenet", 3: 4}}, "expected names as keys, got 3"),

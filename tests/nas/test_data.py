@@ -1,4 +1,4 @@
-"""Data sets: every bad input in one line, splits, pixel statistics, augmentation, folders that are streamed."""
+"""Data sets: every bad input in one line, splits, pixel statistics, coresets, folders that are streamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nas.data import SPLITS, BadData, Data, augment, from_arrays, load_data
+from nas.coreset import CORESETS
+from nas.data import SPLITS, BadData, Data, FolderImages, from_arrays, load_data
 
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python warns from 3.12 on
 
@@ -154,6 +155,10 @@ def test_nothing_there(tmp_path: Path) -> None:
         ({"test": float("nan")}, "cannot take nan of"),
         ({"calibration": 0}, "calibration = 0; expected"),
         ({"calibration": -5}, "calibration = -5; expected"),
+        ({"train_share": 0}, "train_share = 0; expected a share above 0, up to 1"),
+        ({"train_share": 1.5}, r"train_share = 1\.5; expected"),
+        ({"train_share": float("nan")}, "train_share = nan; expected"),
+        ({"coreset": "greedy"}, "coreset = 'greedy'; expected one of random, quantization"),
     ],
 )
 def test_bad_sizes(rng: np.random.Generator, sizes: dict[str, Any], message: str) -> None:
@@ -255,6 +260,16 @@ def test_prepare_at_another_resolution_is_pillow_s_antialiased_bilinear(rng: np.
             np.testing.assert_allclose(image[0] * 255, np.asarray(resized, dtype=float), atol=1.01)  # Pillow rounds
 
 
+def test_prepare_leaves_its_images_alone_and_takes_blended_ones(rng: np.random.Generator) -> None:
+    x = rng.integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    data = from_arrays(x, np.arange(20) % 2)
+    bytes_, floats = torch.from_numpy(x[:, None].copy()), torch.from_numpy(x[:, None].astype(np.float32))
+    for side in (8, 5):
+        first, second, again = data.prepare(bytes_, side), data.prepare(floats, side), data.prepare(floats, side)
+        assert torch.equal(first, second) and torch.equal(second, again)
+    np.testing.assert_array_equal(floats[:, 0], x)
+
+
 def test_digits() -> None:
     data = load_data("digits")
     assert (data.channels, data.side, len(data.classes)) == (1, 8, 10)
@@ -275,47 +290,50 @@ def test_cifar10(data_folder: Path, tmp_path: Path) -> None:
 test_cifar10 = pytest.mark.slow(test_cifar10)
 
 
-# augmentation --------------------------------------------------------------------------------------------
+# coresets ------------------------------------------------------------------------------------------------
 
 
-def crops(image: np.ndarray, pad: int) -> set[bytes]:
-    """Every crop of a (channels, side, side) image padded by reflection."""
-    padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
-    side = image.shape[1]
-    steps = range(2 * pad + 1)
-    return {padded[:, i : i + side, j : j + side].tobytes() for i in steps for j in steps}
+@pytest.mark.parametrize("coreset", CORESETS)
+def test_a_share_of_the_training_images_of_every_class(rng: np.random.Generator, coreset: str) -> None:
+    x, y = rng.integers(0, 256, (600, 8, 8, 3), dtype=np.uint8), np.repeat([0, 1, 2], [300, 200, 100])
+    whole = from_arrays(x, y, calibration=40)
+    part, again = (from_arrays(x, y, calibration=40, train_share=0.3, coreset=coreset) for _ in range(2))
+    for split in ("val_search", "val_front", "test"):
+        assert np.array_equal(part[split].indices, whole[split].indices), split
+    assert indices(part, "calibration") < indices(part, "train") < indices(whole, "train")
+    assert len(part["calibration"]) == 40
+    expected = [round(0.3 * size) for size in np.bincount(whole["train"].labels)]
+    assert np.bincount(part["train"].labels).tolist() == expected
+    assert part.key == again.key != whole.key
+    np.testing.assert_allclose(part.mean, (x[part["train"].indices] / 255.0).mean((0, 1, 2)), rtol=1e-9)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_augmented_image_is_a_crop_of_its_own_image_or_its_mirror(
-    rng: np.random.Generator, channels: int
-) -> None:
-    pixels = torch.from_numpy(rng.integers(0, 256, (200, channels, 6, 6), dtype=np.uint8))
-    untouched = pixels.clone()
-    got = augment(pixels, flip=True, crop_padding=2, generator=torch.Generator().manual_seed(0))
-    assert got.shape == pixels.shape and got.dtype == torch.uint8 and torch.equal(pixels, untouched)
-    mirrored, offsets = 0, set()
-    for before, after in zip(pixels.numpy(), got.numpy(), strict=True):
-        straight, mirror = crops(before, 2), crops(before[:, :, ::-1], 2)
-        assert after.tobytes() in straight | mirror
-        mirrored += after.tobytes() in mirror
-        taken = before if after.tobytes() in straight else before[:, :, ::-1]
-        padded = np.pad(taken, ((0, 0), (2, 2), (2, 2)), mode="reflect")
-        offsets |= {
-            (i, j) for i in range(5) for j in range(5) if np.array_equal(padded[:, i : i + 6, j : j + 6], after)
-        }
-    assert 70 < mirrored < 130
-    assert len(offsets) == 25  # every offset occurs
+def test_the_way_of_choosing_changes_the_key_and_the_whole_set_does_not(rng: np.random.Generator) -> None:
+    held = arrays(rng)
+    chosen = [{"train_share": 0.5}, {"train_share": 0.5, "coreset": "quantization"}, {"train_share": 0.4}, {}]
+    keys = [from_arrays(held["x_train"], held["y_train"], **how).key for how in chosen]
+    assert len(set(keys)) == 4
+    assert from_arrays(held["x_train"], held["y_train"], coreset="quantization").key == keys[-1]
 
 
-def test_flip_or_crop_alone(rng: np.random.Generator) -> None:
-    pixels = torch.from_numpy(rng.integers(0, 256, (50, 1, 6, 6), dtype=np.uint8))
-    generator = torch.Generator().manual_seed(0)
-    assert torch.equal(augment(pixels, flip=False, crop_padding=0, generator=generator), pixels)
-    for before, after in zip(pixels, augment(pixels, flip=True, crop_padding=0, generator=generator), strict=True):
-        assert torch.equal(after, before) or torch.equal(after, before.flip(2))
-    for before, after in zip(pixels, augment(pixels, flip=False, crop_padding=9, generator=generator), strict=True):
-        assert after.numpy().tobytes() in crops(before.numpy(), 5)  # reflection reaches no further
+def test_a_class_of_one_image_stays_in_the_coreset(rng: np.random.Generator) -> None:
+    labels = np.array([0] * 60 + [1])
+    for coreset in CORESETS:
+        x = rng.integers(0, 256, (61, 8, 8), dtype=np.uint8)
+        data = from_arrays(x, labels, train_share=0.1, coreset=coreset, calibration=1)
+        assert 60 in indices(data, "train")
+
+
+def test_quantization_takes_rare_images_of_a_class_too(rng: np.random.Generator) -> None:
+    """One image in ten is of another kind: a tenth of the bins holds them, and all bins are drawn from alike."""
+    x = rng.integers(0, 60, (1000, 8, 8), dtype=np.uint8)
+    labels = np.arange(1000) % 2
+    rare = np.arange(1000) % 20 < 2
+    x[rare] += 190
+    x[rare] = rng.permutation(x[rare].reshape(-1)).reshape(x[rare].shape)
+    data = from_arrays(x, labels, train_share=0.1, coreset="quantization")
+    drawn, there = (rare[sorted(data_["train"].indices)].mean() for data_ in (data, from_arrays(x, labels)))
+    assert abs(drawn - there) < 0.03
 
 
 # folders -------------------------------------------------------------------------------------------------
@@ -369,6 +387,28 @@ def test_only_the_images_asked_for_are_opened(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(Image, "open", spy)
     next(data["train"].batches(0, [np.array([0, 1, 2]), np.array([3])]))
     assert len(opened) == 3
+
+
+def test_a_coreset_of_a_folder_reads_each_training_image_once_and_small(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    real = FolderImages.stream
+
+    def spy(self: FolderImages, batches: Any) -> Any:
+        seen.append((self.side, sorted(int(i) for batch in batches for i in batch)))
+        return real(self, batches)
+
+    monkeypatch.setattr(FolderImages, "stream", spy)
+    settings: dict[str, Any] = {"workers": 0, "val_search": 4, "val_front": 4, "calibration": 4}
+    whole = load_data(folder, **settings)
+    seen.clear()
+    data = load_data(folder, train_share=0.5, coreset="quantization", **settings)
+    assert seen[0] == (8, whole["train"].indices.tolist())
+    assert [side for side, _ in seen[1:]] == [12]  # pixel statistics, of the images that are kept
+    kept = np.bincount(data["train"].labels)
+    assert kept.tolist() == [round(size / 2) for size in np.bincount(whole["train"].labels)]
+    assert next(data["train"].batches(4))[0].shape[2:] == (12, 12)
 
 
 @FORKS

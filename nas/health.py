@@ -1,0 +1,95 @@
+"""Whether a training is healthy: accuracy and gradient norm of its smallest, middle and largest network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nas.data import Data
+from nas.evaluate import accuracy, calibration_images, calibration_order, recalibrate
+from nas.strategies import middle
+from nas.supernet import Subnet, Supernet
+from search_spaces import Architecture, SearchSpace
+
+DEVIATIONS = 3.0  # standard errors above chance that count as having learned something
+PROBE_IMAGES = 64  # that a gradient norm is measured on
+
+
+def sizes_of(space: SearchSpace) -> dict[str, Architecture]:
+    """The three architectures that stand for a space."""
+    return {"smallest": space.smallest, "middle": middle(space), "largest": space.largest}
+
+
+def examine(supernet: Supernet, data: Data) -> dict[str, float]:
+    """Accuracy on val_search and gradient norm on a few training images, for each of `sizes_of`.
+
+    Keys are `smallest`, ... and `smallest_gradient_norm`, ...; the supernet does not change.
+    """
+    device = next(supernet.parameters()).device
+    found, norms = {}, {}
+    for name, architecture in sizes_of(supernet.space).items():
+        subnet = supernet.extract(architecture)
+        images = [x.to(device) for x in calibration_images(data, subnet)]
+        norms[f"{name}_gradient_norm"] = _gradient_norm(subnet, images[0], data)
+        found[name] = accuracy(recalibrate(subnet, images), data, "val_search")
+    return found | norms
+
+
+def _gradient_norm(subnet: Subnet, images: Tensor, data: Data) -> float:
+    """Euclidean norm of the gradient of the cross-entropy; the images are the first of `calibration_images`."""
+    split = data["calibration"]
+    labels = split.labels[torch.from_numpy(calibration_order(split))][: len(images)].to(images.device)
+    subnet.train()
+    loss = F.cross_entropy(subnet(images[:PROBE_IMAGES]), labels[:PROBE_IMAGES])
+    gradients = torch.autograd.grad(loss, list(subnet.parameters()), allow_unused=True)
+    squares = [gradient.double().square().sum() for gradient in gradients if gradient is not None]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+class Guard:
+    """Notices a collapse: a network that was clearly better than guessing is back at it, several times in a row.
+
+    Args:
+        chance: accuracy of always saying the most frequent class.
+        images: number of images that accuracies are measured on.
+        patience: evaluations in a row at chance that count as a collapse.
+    """
+
+    def __init__(self, chance: float, images: int, patience: int) -> None:
+        self.ceiling = min(1.0, chance + DEVIATIONS * math.sqrt(chance * (1 - chance) / max(1, images)))
+        self.patience = patience
+        self.learned: set[str] = set()
+        self.at_chance: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, data: Data, patience: int) -> Guard:
+        labels = data["val_search"].labels
+        return cls(float(labels.bincount().max()) / len(labels), len(labels), patience)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no network is at chance that was better."""
+        return not any(self.at_chance.values())
+
+    def collapse(self, accuracies: Mapping[str, float], watched: Iterable[str]) -> str:
+        """What collapsed, in words; empty when nothing did. Call it once an evaluation."""
+        collapsed = []
+        for name in watched:
+            above = accuracies[name] > self.ceiling
+            if above:
+                self.learned.add(name)
+            self.at_chance[name] = 0 if above or name not in self.learned else self.at_chance.get(name, 0) + 1
+            if self.at_chance[name] >= self.patience:
+                collapsed.append(f"the {name} subnet has been at chance for {self.at_chance[name]} evaluations")
+        return " and ".join(collapsed)
+
+    def state(self) -> dict[str, object]:
+        return {"learned": sorted(self.learned), "at_chance": dict(sorted(self.at_chance.items()))}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        self.learned = set(state["learned"])  # type: ignore[call-overload]
+        self.at_chance = dict(state["at_chance"])  # type: ignore[call-overload]
