@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,10 +26,14 @@ MOST_SPACES = 20  # rows of its table
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, call one function, print."""
     parsed = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    helping = os.environ.get("RANK", "0") != "0"  # started by torchrun beside the process that reports
+    level = logging.WARNING if helping else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("matplotlib", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        if parsed.verb not in (_run, _train) and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError("torchrun starts several processes, which only train together; expected nas train or run")
         parsed.verb(parsed)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -50,10 +55,12 @@ def _exit_code(error: Exception) -> int | None:
     """Errors that say what to do get a line; anything else is a bug and keeps its traceback."""
     from hardware_profiles import InvalidProfile, UnavailableCost, UnknownDevice, UnsupportedLayer
     from hardware_profiles.host_cpu import NoisyMachine, UnmeasurableModel
+    from nas.augmentation import MissingKornia
     from nas.checkpoints import CorruptCheckpoint
     from nas.config import BadExperiment
     from nas.costs import Infeasible, UnknownFigure
     from nas.data import BadData
+    from nas.distributed import WorkerLost
     from nas.export import ExportFailed
     from nas.train import TrainingDiverged
     from search_spaces import InvalidArchitecture, InvalidNetwork, UnknownSpace
@@ -64,7 +71,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, (*bad, InvalidNetwork, UnavailableCost, UnsupportedLayer, ValueError)):
         return BAD_INPUT
     failed = (TrainingDiverged, NoisyMachine, UnmeasurableModel, CorruptCheckpoint, ExportFailed, OSError)
-    return FAILED if isinstance(error, failed) else None
+    return FAILED if isinstance(error, (*failed, MissingKornia, WorkerLost)) else None
 
 
 # verbs ---------------------------------------------------------------------------------------------------
@@ -73,12 +80,15 @@ def _exit_code(error: Exception) -> int | None:
 def _run(parsed: argparse.Namespace) -> None:
     from hardware_profiles.host_cpu import NoisyMachine
     from nas.config import load_experiment
+    from nas.distributed import is_first_process
     from nas.pipeline import Run
 
     _quiet_optuna()
     experiment = load_experiment(parsed.experiment, parsed.set)
     run = Run.create(parsed.out or Path("runs") / experiment.name, experiment)
     run.train()
+    if not is_first_process():
+        return  # it came to help with the training
     print("\n".join(_summary_of_device(device) for device in run.devices.values()))
     front = run.search()
     picture = run.folder / "front.png"
@@ -104,6 +114,7 @@ def _quiet_optuna() -> None:
 
 def _train(parsed: argparse.Namespace) -> None:
     from nas.config import load_experiment
+    from nas.distributed import is_first_process
     from nas.pipeline import Run
 
     if (Path(parsed.run) / "experiment.yaml").is_file():
@@ -112,7 +123,8 @@ def _train(parsed: argparse.Namespace) -> None:
         experiment = load_experiment(parsed.run, parsed.set)
         run = Run.create(parsed.out or Path("runs") / experiment.name, experiment)
     results = run.train()
-    print(json.dumps({"run": str(run.folder), **results}))
+    if is_first_process():
+        print(json.dumps({"run": str(run.folder), **results}))
 
 
 def _profile(parsed: argparse.Namespace) -> None:
@@ -187,27 +199,33 @@ def _trust(parsed: argparse.Namespace) -> None:
 
 
 def _spaces(parsed: argparse.Namespace) -> None:
+    settings = _space_settings(parsed)
+    given = [name for name in FIT_ONLY if getattr(parsed, name) is not None]
+    if given and not parsed.fit:
+        raise ValueError(f"--{given[0]} belongs to --fit DEVICE")
+    if parsed.fit:
+        _fit_spaces(parsed, settings)
+    elif parsed.macs:
+        _scale_space(parsed, settings)
+    elif parsed.format == "json":
+        raise ValueError("--format json belongs to --fit and --macs")
+    else:
+        _list_spaces(parsed, settings)
+
+
+def _list_spaces(parsed: argparse.Namespace, settings: Mapping[str, object]) -> None:
     from search_spaces import FAMILIES, build_space
 
-    settings = _space_settings(parsed)
-    if parsed.fit:
-        return _fit_spaces(parsed, settings)
-    given = next((name for name in FIT_ONLY if getattr(parsed, name) is not None), None)
-    if given:
-        raise ValueError(f"--{given} belongs to --fit DEVICE")
-    if parsed.macs:
-        return _scale_space(parsed, settings)
-    if parsed.format == "json":
-        raise ValueError("--format json belongs to --fit and --macs")
+    by_default = "" if settings else " by default"
     for name in [parsed.name] if parsed.name else FAMILIES:
         space = build_space(name, settings)
         small, large = (space.lower(a) for a in (space.smallest, space.largest))
         print(
             f"{name}: {len(space.choices)} choices, {space.size:.3g} architectures, "
-            f"{small.macs / 1e6:.3g} to {large.macs / 1e6:.3g} MMACs{'' if settings else ' by default'}"
+            f"{small.macs / 1e6:.3g} to {large.macs / 1e6:.3g} MMACs{by_default}"
         )
         if parsed.name:
-            print(f"\n{(type(space).__doc__ or '').strip()}\n\nchoices{'' if settings else ' by default'}:")
+            print(f"\n{(type(space).__doc__ or '').strip()}\n\nchoices{by_default}:")
             for choice in space.choices:
                 print(f"  {choice.name}: {', '.join(map(str, choice.options))}")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,12 +29,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(minutes=30)  # far more than what the first process does alone: an evaluation, a checkpoint
 
 # gloo raises plain RuntimeErrors: parts of their texts where the other end is gone or silent
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "pair closure", "Timed out waiting")
+
+_TRAININGS = itertools.count()  # of this process; the others count alike
 
 
 class WorkerLost(RuntimeError):
@@ -178,9 +182,13 @@ def workers() -> Iterator[Workers]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl takes the current one
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield Workers(dist.get_rank(), count, device)
+        store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's store outlives a group: the next one of this process must not read where the last one listened
+        store = dist.PrefixStore(f"training {next(_TRAININGS)}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+        yield Workers(rank, count, device)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(part in str(error) for part in _LOST):
             raise WorkerLost(
@@ -189,7 +197,8 @@ def workers() -> Iterator[Workers]:
             ) from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _device() -> torch.device:

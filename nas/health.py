@@ -15,7 +15,8 @@ from nas.strategies import middle
 from nas.supernet import Subnet, Supernet
 from search_spaces import Architecture, SearchSpace
 
-DEVIATIONS = 3.0  # standard errors above chance that count as having learned something
+LEARNED = 3.0  # standard errors above chance that count as having learned something
+AT_CHANCE = 1.0  # and up to how many still count as chance: far apart, or few images would raise false alarms
 PROBE_IMAGES = 64  # that a gradient norm is measured on
 
 
@@ -60,7 +61,8 @@ class Guard:
     """
 
     def __init__(self, chance: float, images: int, patience: int) -> None:
-        self.ceiling = min(1.0, chance + DEVIATIONS * math.sqrt(chance * (1 - chance) / max(1, images)))
+        error = math.sqrt(chance * (1 - chance) / max(1, images))
+        self.learned_above, self.chance_below = chance + LEARNED * error, chance + AT_CHANCE * error
         self.patience = patience
         self.learned: set[str] = set()
         self.at_chance: dict[str, int] = {}
@@ -79,10 +81,10 @@ class Guard:
         """What collapsed, in words; empty when nothing did. Call it once an evaluation."""
         collapsed = []
         for name in watched:
-            above = accuracies[name] > self.ceiling
-            if above:
+            if accuracies[name] > self.learned_above:
                 self.learned.add(name)
-            self.at_chance[name] = 0 if above or name not in self.learned else self.at_chance.get(name, 0) + 1
+            fallen = name in self.learned and accuracies[name] <= self.chance_below
+            self.at_chance[name] = self.at_chance.get(name, 0) + 1 if fallen else 0
             if self.at_chance[name] >= self.patience:
                 collapsed.append(f"the {name} subnet has been at chance for {self.at_chance[name]} evaluations")
         return " and ".join(collapsed)

@@ -134,7 +134,8 @@ def segment_starts(network: Network, segments: int) -> list[int]:
         dies = sum(sizes.get(source, 0) for source in set(layer.inputs) if last_read[source] == position)
         alive.append(alive[-1] + sizes[layer.name] - dies)
         views = 0 if layer.kind in ("reshape", "permute") else 1
-        needed.append(needed[-1] + sizes[layer.name] * (views + layer.norm))  # a norm keeps what it read, too
+        # a norm keeps what it read, too, and relu6 a copy of what it overwrote
+        needed.append(needed[-1] + sizes[layer.name] * (views + layer.norm + (layer.activation == "relu6")))
     targets = [needed[-1] * number / segments for number in range(1, segments)]
     places = range(1, len(network.layers))
     return sorted({min(places, key=lambda p: alive[p] + abs(needed[p] - target)) for target in targets if places})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from nas.checkpoints import load_checkpoint
 from nas.config import BadExperiment, DeviceSettings, Experiment, read_experiment
 from nas.costs import Item, ProfiledDevice, UnknownFigure, parse_objective
 from nas.data import Data, load_data
+from nas.distributed import is_first_process
 from nas.export import export, export_key
 from nas.front import Evaluation, ParetoFront
 from nas.profile import check_predictor, profile
@@ -50,6 +52,8 @@ class Run:
         """
         run = cls(folder, experiment)
         run.check()
+        if not is_first_process():  # of several that train together, which the first one writes for
+            return run
         path = folder / "experiment.yaml"
         if path.exists():
             held, wanted = read_experiment(path).to_dict(), experiment.to_dict()
@@ -119,7 +123,7 @@ class Run:
     @cached_property
     def supernet(self) -> Supernet:
         """The trained supernet of the run; raises BadExperiment when it is not trained yet."""
-        supernet = Supernet(self.space, seed=self.experiment.seed)
+        supernet = self._untrained()
         found = load_checkpoint(self.folder / "supernet")
         if found is None or found[1]["step"] != found[1]["steps"]:
             raise BadExperiment(f"{self.folder} has no trained supernet yet; run 'nas train {self.folder}'")
@@ -133,10 +137,14 @@ class Run:
     # stages --------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
-        supernet = Supernet(self.space, seed=self.experiment.seed)
         settings, seed = self.experiment.train, self.experiment.seed
-        with stage(self.folder, "train"):
-            return train(supernet, self.data, seed=seed, folder=self.folder, settings=settings)
+        with stage(self.folder, "train") if is_first_process() else nullcontext():
+            return train(self._untrained(), self.data, seed=seed, folder=self.folder, settings=settings)
+
+    def _untrained(self) -> Supernet:
+        """The supernet as training starts with it."""
+        transforms = self.experiment.train.kernel_transforms
+        return Supernet(self.space, seed=self.experiment.seed, kernel_transforms=transforms)
 
     def profile(self, settings: DeviceSettings) -> tuple[Run, ProfiledDevice]:
         """Profile a device; returns the run with the device in its experiment, and the device."""

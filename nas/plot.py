@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hardware_profiles.files import replacing
-from nas.costs import FIGURES, Z_90, Objective
+from nas.costs import FIGURES, Z_90, Figure, Objective
 from nas.front import Evaluation, ParetoFront
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ def plot_front(front: ParetoFront, path: Path) -> None:
     The format is that of the suffix, which may be any that matplotlib knows; raises ValueError for another.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
     if not front.points:
         raise ValueError("the front has no point to draw")
     vertical, horizontal = front.objectives[0], front.objectives[min(1, len(front.objectives) - 1)]
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Canvas(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
 
@@ -109,10 +109,10 @@ def plot_trust(report: TrustReport, path: Path) -> None:
     Networks are numbered as in the printed table, by MACs; bars are 90 % intervals. The format is that of the suffix.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(12.5, 6), layout="constrained")
+    figure = Canvas(figsize=(12.5, 6), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.05), height_ratios=(1.6, 1))
     _draw_agreement(figure.add_subplot(grid[:, 0]), report)
@@ -133,28 +133,37 @@ def plot_trust(report: TrustReport, path: Path) -> None:
         figure.savefig(temporary, dpi=140, format=path.suffix.lstrip(".") or "png")
 
 
+def _lengths(report: TrustReport, name: str) -> np.ndarray:
+    """Of the error bars below and above the accuracies `inherited` or `alone` (2, n), in %: Wilson's interval."""
+    shares = [Figure.share(float(share), report.validation_images) for share in report.column(name)]
+    return 100 * np.array([[f.value - (f.low or 0.0) for f in shares], [(f.high or 0.0) - f.value for f in shares]])
+
+
 def _draw_agreement(axes: Axes, report: TrustReport) -> None:
     from matplotlib.ticker import MaxNLocator
 
     inherited, alone = (100 * report.column(name) for name in ("inherited", "alone"))
-    errors = [100 * Z_90 * report.error(name) for name in ("inherited", "alone")]
+    errors = [_lengths(report, name) for name in ("inherited", "alone")]
     few = len(alone) <= 12
-    axes.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1, label="inherited = alone", zorder=1)
     axes.errorbar(inherited, alone, yerr=errors[1], xerr=errors[0], fmt="none", ecolor="0.75", elinewidth=1, zorder=2)
     axes.scatter(inherited, alone, s=190 if few else 110, color=ALONE, edgecolor="white", linewidth=1, zorder=3)
     style = {"color": "white", "ha": "center", "va": "center_baseline", "weight": "bold", "fontsize": 8 if few else 6}
     for number, at in enumerate(zip(inherited, alone, strict=True), start=1):
         axes.annotate(str(number), at, **style)  # type: ignore[arg-type]
-    low = min((inherited - errors[0]).min(), (alone - errors[1]).min())
-    high = max((inherited + errors[0]).max(), (alone + errors[1]).max())
-    margin = 0.04 * max(high - low, 1.0)
-    for axis, set_limits in ((axes.xaxis, axes.set_xlim), (axes.yaxis, axes.set_ylim)):
-        set_limits(low - margin, high + margin)
+    ends = [(np.min(v - e[0]), np.max(v + e[1])) for v, e in zip((inherited, alone), errors, strict=True)]
+    union = (min(low for low, _ in ends), max(high for _, high in ends))
+    if all(3 * (high - low) > union[1] - union[0] for low, high in ends):
+        ends = [union, union]  # unless that would leave most of the picture empty
+        axes.set_aspect("equal")
+    limits = [(low - 0.05 * (high - low), high + 0.05 * (high - low)) for low, high in ends]
+    axes.set(xlim=limits[0], ylim=limits[1])
+    for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-    axes.set_aspect("equal")
+    if max(low for low, _ in ends) < min(high for _, high in ends):
+        axes.axline((0, 0), slope=1, color="0.6", linestyle="--", linewidth=1, label="inherited = alone", zorder=1)
+        axes.legend(loc="upper left", fontsize="small", frameon=False)
     axes.set_xlabel("accuracy inherited from the supernet (%)")
     axes.set_ylabel("accuracy trained alone (%)")
-    axes.legend(loc="upper left", fontsize="small", frameon=False)
     found = report.kendall
     interval = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
     tau = "not defined" if found.value is None else f"{found.value:.2f}{interval}"
@@ -166,10 +175,10 @@ def _draw_over_macs(axes: Axes, report: TrustReport) -> None:
     style = {"markersize": 5, "linewidth": 1.2, "elinewidth": 0.8, "capsize": 2}
     lines = (("alone", ALONE, "o-", "trained alone"), ("inherited", INHERITED, "D-", "inherited from the supernet"))
     for name, colour, marks, said in lines:
-        values, error = 100 * report.column(name), 100 * Z_90 * report.error(name)
+        values, error = 100 * report.column(name), _lengths(report, name)
         axes.errorbar(mmacs, values, yerr=error, fmt=marks, color=colour, label=said, **style)  # type: ignore[arg-type]
-    tops = np.maximum(*(report.column(name) + Z_90 * report.error(name) for name in ("alone", "inherited")))
-    for number, at in enumerate(zip(mmacs, 100 * tops, strict=True), start=1):
+    tops = np.maximum(*(100 * report.column(name) + _lengths(report, name)[1] for name in ("alone", "inherited")))
+    for number, at in enumerate(zip(mmacs, tops, strict=True), start=1):
         axes.annotate(str(number), at, (0, 4), textcoords="offset points", ha="center", fontsize=8)
     axes.margins(y=0.12)
     axes.set_ylabel("accuracy (%)")
@@ -180,7 +189,7 @@ def _draw_over_macs(axes: Axes, report: TrustReport) -> None:
 
 def _draw_regrets(axes: Axes, report: TrustReport) -> None:
     floor = 100 * Z_90 * report.noise_floor
-    axes.axhspan(0, floor, color=NOISE, label=f"noise: below {floor:.2f}", zorder=0)
+    axes.axhspan(0, floor, color=NOISE, label=f"typical noise: {floor:.2f}", zorder=0)
     rules = (
         ("largest", TAKEN_LARGEST, "s", 7, "taking the largest"),
         ("inherited", INHERITED, "D", 4, "picking by inherited"),

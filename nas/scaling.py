@@ -15,7 +15,7 @@ import numpy as np
 from hardware_profiles.files import replacing
 from nas.costs import Infeasible, ProfiledDevice
 from nas.progress import progress_bar
-from search_spaces import FAMILIES, KINDS, Architecture, SearchSpace, build_space
+from search_spaces import FAMILIES, KINDS, Network, SearchSpace, build_space
 
 # (millions of MACs, input side, depth multiplier) of TinyNet E to A: README of the TinyNet code in
 # huawei-noah/Efficient-AI-Backbones; their base, EfficientNet-B0, has 390 million MACs at a side of 224
@@ -174,30 +174,32 @@ def fit_device(
     and Infeasible, with the network that comes nearest, where no network of any space fits.
     """
     limits = device.memory_limits
+    if not resolutions or not widths or samples < 1:
+        raise ValueError("no space to choose from: expected one or more resolutions, widths and samples")
     if not limits:
         raise ValueError(f"{device.name} has no limit on SRAM or flash; name a device that has, see 'nas devices'")
     precisions = _legal_precisions(build_space(family, settings), device)
+    grid = [
+        (side, width, FAMILIES[family].placed(settings, resolution=side, width=width, precisions=precisions))
+        for side in resolutions
+        for width in widths
+    ]
+    spaces = [build_space(family, placed) for _, _, placed in grid]
     candidates: list[Candidate] = []
-    nearest: tuple[float, SearchSpace, Architecture] | None = None
-    places = [(side, width) for side in resolutions for width in widths]
-    for side, width in progress_bar(places, desc=f"spaces for {device.name}", unit="space"):
-        placed = FAMILIES[family].placed(settings, resolution=side, width=width, precisions=precisions)
-        space = build_space(family, placed)
+    nearest: list[tuple[float, Candidate, Network]] = []
+    for (side, width, placed), space in zip(
+        grid, progress_bar(spaces, desc=f"spaces for {device.name}", unit="space"), strict=True
+    ):
         rng = np.random.default_rng(seed)  # the same draws in every space, so that luck does not rank them
-        macs: list[int] = []
-        for _ in range(samples):
-            architecture = space.sample(rng)
-            network = space.lower(architecture)
-            beyond = max(limit.violation(device.figure(network, limit.name)) for limit in limits)
-            if beyond <= 0:
-                macs.append(network.macs)
-            if nearest is None or beyond < nearest[0]:
-                nearest = beyond, space, architecture
-        candidates.append(Candidate(family, placed, side, width, samples, tuple(sorted(macs))))
-    if nearest is None:
-        raise ValueError("no space to choose from: give at least one resolution, one width and one sample")
-    if nearest[0] > 0:
-        raise Infeasible(_nothing_fits(device, *nearest[1:]))
+        networks = [space.lower(space.sample(rng)) for _ in range(samples)]
+        beyond = [max(limit.violation(device.figure(network, limit.name)) for limit in limits) for network in networks]
+        fitting = sorted(network.macs for network, over in zip(networks, beyond, strict=True) if over <= 0)
+        candidates.append(Candidate(family, placed, side, width, samples, tuple(fitting)))
+        least = min(range(samples), key=beyond.__getitem__)
+        nearest.append((beyond[least], candidates[-1], networks[least]))
+    if not any(candidate.macs for candidate in candidates):
+        _, candidate, network = min(nearest, key=lambda found: found[0])
+        raise Infeasible(_nothing_fits(device, candidate, network))
     return sorted(candidates, key=lambda candidate: (candidate.share < least_share, -candidate.mean_macs))
 
 
@@ -211,8 +213,7 @@ def _legal_precisions(space: SearchSpace, device: ProfiledDevice) -> list[str]:
     return legal
 
 
-def _nothing_fits(device: ProfiledDevice, space: SearchSpace, architecture: Architecture) -> str:
-    network = space.lower(architecture)
+def _nothing_fits(device: ProfiledDevice, candidate: Candidate, network: Network) -> str:
     refusal = device.refusal(network) if device.profile.illegal_layers(network) else ""
     if refusal:
         return f"no network of the family can run: {refusal}"
@@ -221,8 +222,8 @@ def _nothing_fits(device: ProfiledDevice, space: SearchSpace, architecture: Arch
         for limit in device.memory_limits
     ]
     return (
-        f"no network fits {device.name}; the nearest, with resolution {architecture['resolution']} and "
-        f"width_multipliers {space.settings['width_multipliers']}, needs {' and '.join(needs)}; "
+        f"no network fits {device.name}; the nearest, at resolution {candidate.resolution} and width "
+        f"{candidate.width:g}, needs {' and '.join(needs)}; "
         f"try smaller resolutions or widths"
     )
 

@@ -282,7 +282,7 @@ class Progressive(_Planner):
         ends = [round(end) for end in np.cumsum([phase.share for phase in phases]) / total * steps]
         spans = zip(phases, (0, *ends[:-1]), ends, strict=True)
         self.phases = tuple(span for span in spans if span[1] < span[2])  # few steps leave none for a short phase
-        widths = {"width", "expand", "heads"}.intersection(*(phase.roles for phase in phases[-1:]))
+        widths = {"width", "expand", "heads"}.intersection(phases[-1].roles)
         self._widths = widths or {"depth"}  # a space that ties width to depth has no role of it (arXiv 2104.12642)
 
     def _phases(self) -> list[_Phase]:

@@ -237,17 +237,22 @@ def fastest_arithmetic(runner: StepRunner, step: Step, batch: Batch) -> str:
     batch = batch._replace(size=len(batch.labels))
     architectures = list(dict.fromkeys(one.candidates[0] for one in step.passes))
     passes = tuple(Pass((architecture,)) for architecture in architectures)
+    cold: dict[str, float] = {}  # seconds of the first round, in which libraries prepare themselves
     seconds: dict[str, float] = {}
-    for _ in range(3):  # interleaved, and the best of three, since machines have slow moments
+    for turn in range(4):  # interleaved, and the best of three, since machines have slow moments
         for arithmetic in ARITHMETICS:
-            if seconds.get(arithmetic, 0.0) > 2 * min(seconds.values(), default=0.0):
+            if turn and cold[arithmetic] > 4 * cold["fp32"]:
                 continue  # bf16 without hardware for it is many times slower: once is enough to know
             trial.arithmetic = arithmetic
             start = time.perf_counter()
             trial.gradients(Step(passes, 1.0), 0, 1, 0, [batch])
             if runner.workers.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[arithmetic] = min(seconds.get(arithmetic, math.inf), time.perf_counter() - start)
+            took = time.perf_counter() - start
+            if turn:
+                seconds[arithmetic] = min(seconds.get(arithmetic, math.inf), took)
+            else:
+                cold[arithmetic] = took
     best = min(seconds, key=lambda name: seconds[name] * (1.0 if name != "fp32" else 0.9))
     log.info("training in %s (%s)", best, ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in seconds.items()))
     return best

@@ -345,7 +345,7 @@ class TrustReport:
             lines.append(f"regret of {said}: mean {values.mean():.2f} pp, max {values.max():.2f} pp")
         floor = 100 * self.noise_floor
         lines.append(
-            f"noise floor: the s.e. of a difference is {floor:.2f} pp; less than {Z_90 * floor:.2f} pp is noise"
+            f"noise floor: the s.e. of a difference is {floor:.2f} pp on average; {Z_90 * floor:.2f} pp may be noise"
         )
         return "\n".join([*lines, "", *self.findings])
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from search_spaces import FAMILIES, Network, SearchSpace, build_space
+from nas import Supernet
+from search_spaces import FAMILIES, PRECISIONS, Architecture, Network, SearchSpace, build_space
 from search_spaces.layers import Shape
+from search_spaces.space import Value
 
 # Small instances that show each choice of a family; a family without an entry is tested with its own defaults.
 SMALL: dict[str, dict[str, object]] = {
@@ -30,9 +34,40 @@ SMALL: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.fixture(params=sorted(FAMILIES), scope="module")
+# Besides: settings that change how a family is put together, and spaces cut from another.
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "mobilenet, coupled": ("mobilenet", {"coupled": True}),
+    "mobilenet, coupled from expansion 2": ("mobilenet", {"coupled": True, "expansions": [2, 3, 4]}),
+    "mobilenet, restricted": (
+        "mobilenet",
+        {
+            "restrict": {
+                "resolution": [13],
+                "stage1.depth": [1, 3],
+                "stage1.block0.expansion": [1],
+                "stage2.depth": [1],
+                "stage2.block0.squeeze_excite": [True],
+                "stage2.block1.squeeze_excite": [True],
+            }
+        },
+    ),
+    "compact_transformer, restricted": (
+        "compact_transformer",
+        {
+            "restrict": {
+                "embedding": [16],
+                "depth": [2],
+                "block0.heads": [4],
+            }
+        },
+    ),
+}
+
+
+@pytest.fixture(params=sorted([*FAMILIES, *VARIANTS]), scope="module")
 def space(request: pytest.FixtureRequest) -> SearchSpace:
-    return build_space(request.param, SMALL.get(request.param, {}))
+    family, changed = VARIANTS.get(request.param, (request.param, {}))
+    return build_space(family, SMALL.get(family, {}) | changed)
 
 
 def parameter_shapes(network: Network) -> dict[str, Shape]:
@@ -59,7 +94,7 @@ def test_slots_change_with_nothing_else(space: SearchSpace, rng: np.random.Gener
         a, b = space.sample(rng).values, space.sample(rng).values
         for slot in space.slots:
             mixed = {**b, **{name: a[name] for name in slot.reads}}
-            assert slot.lower(mixed) == slot.lower(a)
+            assert slot.build(mixed) == slot.build(a) == slot.lower(mixed)
 
 
 def test_layer_names_are_unique_and_belong_to_one_slot(space: SearchSpace, rng: np.random.Generator) -> None:
@@ -88,11 +123,44 @@ def test_occurrences_show_every_parameter_at_its_largest(space: SearchSpace, rng
         assert any(found.get(name) == shape for found in shown), f"no single network shows {name} at {shape}"
 
 
+def test_the_space_of_one_architecture_lowers_to_its_very_layers(space: SearchSpace, rng: np.random.Generator) -> None:
+    names = set()
+    for _ in range(40):
+        architecture = space.sample(rng)
+        alone = space.only(architecture)
+        assert alone.size == 1 and [*alone.all()] == [alone.smallest] == [alone.largest] == [alone.sample(rng)]
+        network = space.lower(architecture)
+        assert alone.lower(alone.smallest) == network
+        assert [*alone.occurrences()] == [network, network]
+        assert alone.smallest.values == {**alone.smallest.values, **space_values(space, architecture)}
+        again = build_space(alone.family, json.loads(json.dumps(alone.settings)))
+        assert (again.name, again.choices, again.settings) == (alone.name, alone.choices, alone.settings)
+        names.add((alone.name, architecture))
+    assert len({name for name, _ in names}) == len(names)  # one name, one architecture
+
+
+def test_the_supernet_of_one_architecture_holds_its_parameters_and_no_more(
+    space: SearchSpace, rng: np.random.Generator
+) -> None:
+    for _ in range(5):
+        architecture = space.sample(rng)
+        supernet = Supernet(space.only(architecture))
+        held = sum(p.numel() for p in supernet.parameters())
+        network = space.lower(architecture)
+        norms = sum(layer.out_shape[0] for layer in network.layers if layer.norm)
+        assert held == network.params + norms  # a folded norm is a bias, an unfolded one a scale and a shift
+
+
+def space_values(space: SearchSpace, architecture: Architecture) -> dict[str, Value]:
+    """The values of the active choices."""
+    return {name: value for name, value in architecture.values.items() if space.is_active(name, architecture)}
+
+
 def test_precision_changes_no_shape_and_no_count(space: SearchSpace, rng: np.random.Generator) -> None:
     for _ in range(30):
         architecture = space.sample(rng)
         network = space.lower(architecture)
-        for precision in ("fp32", "int8"):
+        for precision in PRECISIONS:
             other = space.lower(space.with_precision(architecture, precision))
             assert [(a.name, a.inputs, a.in_shapes, a.out_shape) for a in network.layers] == [
                 (b.name, b.inputs, b.in_shapes, b.out_shape) for b in other.layers

@@ -262,6 +262,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, capsys: pyt
     ("verb", "said"),
     [
         (["search"], "has no trained supernet yet; run 'nas train"),
+        (["trust"], "has no trained supernet yet; run 'nas train"),
         (["export", "--id", "aa1"], "has no trained supernet yet"),
         (["export", "--id", "zz"], "0 points of the front have an id that starts with 'zz'"),
         (["export", "--id", "a"], "2 points of the front have an id that starts with 'a'"),
@@ -292,7 +293,10 @@ def test_a_run_that_was_not_searched_has_no_front(run_folder: Path, capsys: pyte
     refused(capsys, BAD_INPUT, "has no front yet; run 'nas search", "pareto", run_folder)
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["pareto"], ["search", "x", "--trials", "0"], ["export", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["pareto"], ["search", "x", "--trials", "0"], ["trust", "x", "--networks", "0"], ["export", "x"]],
+)
 def test_bad_usage_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, *arguments)
     assert code == BAD_INPUT and out == "" and "usage: nas" in err
@@ -335,6 +339,98 @@ def test_spaces_and_devices_are_listed(capsys: pytest.CaptureFixture[str]) -> No
     assert code == DONE and "limits.sram_bytes: MCUNet" in out
     refused(capsys, BAD_INPUT, "did you mean 'mobilenet'", "spaces", "mobilnet")
     refused(capsys, BAD_INPUT, "did you mean 'stm32h743'", "devices", "stm32h473")
+
+
+def space_of(text: str) -> Any:
+    """The space that the end of the output states for an experiment."""
+    from search_spaces import build_space
+
+    content = yaml.safe_load(text[text.index("space:\n") :])
+    assert list(content) == ["space"]
+    return build_space(content["space"].pop("family"), content["space"])
+
+
+FIT = ("spaces", "mobilenet", "--fit", "stm32f746", "--resolutions", 48, 96, "--widths", 0.5, 1, "--samples", 20)
+
+
+def test_spaces_are_ranked_for_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hardware_profiles import load_device
+    from nas.costs import ProfiledDevice
+    from nas.scaling import fit_device
+
+    picture = tmp_path / "cdf.png"
+    code, out, err = call(capsys, *FIT, "--set", "depths=[1, 2]", "--classes", 4, "--plot", picture)
+    assert code == DONE and f"picture: {picture}" in err and picture.read_bytes().startswith(b"\x89PNG")
+    settings = {"depths": [1, 2], "classes": 4}
+    device = ProfiledDevice(load_device("stm32f746"))
+    expected = fit_device("mobilenet", settings, device, resolutions=(48, 96), widths=(0.5, 1.0), samples=20)
+    lines = out.splitlines()
+    assert lines[0].split() == ["resolution", "width", "fit", "mean", "MMACs", "p10", "p50", "p90"] and lines[5] == ""
+    assert [(int(line.split()[0]), float(line.split()[1])) for line in lines[1:5]] == [
+        (candidate.resolution, candidate.width) for candidate in expected
+    ]
+    assert lines[1].split()[2:4] == [f"{expected[0].share:.1%}", f"{expected[0].mean_macs / 1e6:.4g}"]
+    best = space_of(out)
+    assert best.settings["classes"] == 4 and best.settings["precisions"] == ["int8"]
+    assert best.choice("resolution").options == (expected[0].resolution,)
+    assert best.choice("stage1.depth").options == (1, 2)
+    _, out, _ = call(capsys, *FIT, "--set", "depths=[1, 2]", "--classes", 4, "--format", "json", "--seed", 0)
+    assert json.loads(out) == [candidate.to_dict() for candidate in expected]
+    assert "classes" not in call(capsys, *FIT)[1]  # an experiment takes them from its data
+
+
+def test_a_long_ranking_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "spaces", "mobilenet", "--fit", "stm32h743", "--samples", 1, "--seed", 1)
+    assert code == DONE and "\nand 88 more spaces, which --format json lists\n" in out
+
+
+def test_a_space_is_scaled_to_macs(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "spaces", "mobilenet", "--macs", "5M", "--set", "widths=[24, 48, 96]")
+    assert code == DONE and err == ""
+    space = space_of(out)
+    macs = space.lower(space.largest).macs
+    assert out.startswith(f"largest network: {macs / 1e6:.4g} MMACs for 5 asked, ") and abs(macs / 5e6 - 1) < 0.15
+    _, out, _ = call(capsys, "spaces", "mobilenet", "--macs", "5000k", "--set", "widths=[24,48,96]", "--format", "json")
+    content = json.loads(out)
+    assert content["macs"] == macs and content["space"].pop("family") == "mobilenet"
+    assert content["space"] == space.settings
+    _, out, _ = call(capsys, "spaces", "mobilenet", "--macs", "22M")
+    assert "outside the ratios of the TinyNets" in out
+
+
+def test_spaces_that_cannot_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    mobilenet = ("spaces", "mobilenet")
+    for code, said, arguments in (
+        (BAD_INPUT, "name a family", ("spaces", "--fit", "stm32f746")),
+        (BAD_INPUT, "name a family", ("spaces", "--macs", "5M")),
+        (BAD_INPUT, "did you mean 'stm32f746'", (*mobilenet, "--fit", "stm32f764")),
+        (BAD_INPUT, "did you mean 'mobilenet'", ("spaces", "mobilnet", "--macs", "5M")),
+        (BAD_INPUT, "--samples belongs to --fit", (*mobilenet, "--macs", "5M", "--samples", 3)),
+        (BAD_INPUT, "--seed belongs to --fit", (*mobilenet, "--seed", 0)),
+        (BAD_INPUT, "--format json belongs to --fit and --macs", (*mobilenet, "--format", "json")),
+        (BAD_INPUT, "unknown setting 'depth'; did you mean 'depths'", (*mobilenet, "--set", "depth=[1]")),
+        (BAD_INPUT, "expected KEY=VALUE, such as 'depths=[1, 2]'", (*mobilenet, "--set", "depths")),
+        (BAD_INPUT, "expected KEY=VALUE", (*mobilenet, "--set", "depths=[1")),
+        (BAD_INPUT, "take a larger base", (*mobilenet, "--macs", "5G")),
+        (BAD_INPUT, "does not say how to scale", ("spaces", "compact_transformer", "--macs", "1M")),
+        (BAD_INPUT, "cannot draw x.zip", (*FIT, "--plot", "x.zip")),
+        (BAD_INPUT, "has no limit on SRAM or flash", (*mobilenet, "--fit", "host-cpu")),
+        (INFEASIBLE, "the narrowest blocks", (*mobilenet, "--macs", 1000)),
+    ):
+        refused(capsys, code, said, *arguments)
+    code, out, err = call(capsys, *mobilenet, "--fit", "stm32f746", "--resolutions", 224, "--widths", 9, "--samples", 1)
+    assert code == INFEASIBLE and out == ""
+    assert "no network fits stm32f746; the nearest, at resolution 224 and width 9, needs" in err.splitlines()[-1]
+    for wrong in ("5Mk", "-5M", "0", "five", "5ms"):
+        code, out, err = call(capsys, *mobilenet, f"--macs={wrong}")
+        assert code == BAD_INPUT and "expected a number of MACs such as 5M or 300k" in err and out == ""
+    for option, wrong in (("--widths", "0"), ("--widths", "nan"), ("--resolutions", "0"), ("--samples", "0")):
+        assert call(capsys, *mobilenet, "--fit", "stm32f746", f"{option}={wrong}")[0] == BAD_INPUT
+
+
+def test_a_family_is_described_with_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "spaces", "mobilenet", "--set", "restrict={stage1.depth: [2]}", "--channels", 1)
+    assert code == DONE and "stage1.depth: 2\n" in out and "by default" not in out.splitlines()[0]
 
 
 def test_a_limit_beyond_memory_is_shown_in_the_table() -> None:

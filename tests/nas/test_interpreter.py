@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nas.interpreter import OPERATIONS, Normalization, execute
+from nas.interpreter import OPERATIONS, Normalization, execute, segment_starts
 from search_spaces import INPUT, KINDS, Layer, Network
 from search_spaces import layers as L
 from search_spaces.layers import Port, port
@@ -233,3 +233,54 @@ def test_images_of_another_shape_are_refused(draw) -> None:  # type: ignore[no-u
     network, held = residual_network(x)
     with pytest.raises(ValueError, match=r"expected images of shape \(3,\), got \(4,\); resize"):
         execute(network, draw(1, 4), lambda layer: held.get(layer.name, {}), EVAL)
+
+
+# segments ------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_is_where_little_lives_on() -> None:
+    """Ten features between the halves, a hundred and a shortcut of a hundred around them."""
+    narrow = {4: 10}
+    layers = [L.linear("l0", Port(INPUT, (3,)), 100)]
+    for number in range(1, 9):
+        layers.append(L.linear(f"l{number}", port(layers[-1]), narrow.get(number, 100)))
+    assert segment_starts(Network((3,), tuple(layers)), 2) == [5]
+    shortcut = L.add("add", port(layers[5]), port(layers[8]))
+    assert segment_starts(Network((3,), (*layers, shortcut)), 2) == [5]
+    assert segment_starts(Network((3,), tuple(layers)), 1) == []
+
+
+def test_cuts_of_a_chain_are_equal_shares() -> None:
+    """A norm keeps what it read and what it made; a reshape keeps nothing."""
+    layers = [L.conv2d("c0", Port(INPUT, (1, 4, 4)), 1, norm=False)]
+    for number in range(1, 12):
+        layers.append(L.conv2d(f"c{number}", port(layers[-1]), 1, norm=number >= 8))
+    network = Network((1, 4, 4), tuple(layers))  # 8 layers keep one tensor, then 4 keep two
+    assert segment_starts(network, 2) == [8]
+    assert segment_starts(network, 4) == [4, 8, 10]
+    assert segment_starts(network, 1000) == list(range(1, 12))
+
+
+def test_all_segments_but_the_last_run_twice(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(5, 3)
+    network, held = residual_network(x)
+    starts = segment_starts(network, 3)
+    assert starts
+    runs: dict[str, int] = {}
+
+    def counted(layer: Layer) -> dict[str, Tensor]:
+        runs[layer.name] = runs.get(layer.name, 0) + 1
+        return {name: tensor.requires_grad_() for name, tensor in held.get(layer.name, {}).items()}
+
+    execute(network, x, counted, EVAL, segments=3).sum().backward()
+    names = [layer.name for layer in network.layers]
+    assert all(runs[name] == 1 for name in names[starts[-1] :])
+    assert all(runs[names[start]] == 2 for start in [0, *starts[:-1]])
+
+
+@pytest.mark.parametrize("segments", [0, -1])
+def test_no_segments_are_refused(draw, segments: int) -> None:  # type: ignore[no-untyped-def]
+    x = draw(1, 3)
+    network, held = residual_network(x)
+    with pytest.raises(ValueError, match=f"segments is {segments}; expected 1"):
+        execute(network, x, lambda layer: held.get(layer.name, {}), EVAL, segments=segments)

@@ -23,12 +23,14 @@ import nas
 from hardware_profiles import load_device
 from hardware_profiles.host_cpu import NoisyMachine
 from hardware_profiles.measurement import Measurement
+from nas.checkpoints import load_checkpoint
 from nas.cli import main
 from nas.config import BadExperiment, DeviceSettings, read_experiment
 from nas.front import ParetoFront
 from nas.pipeline import Run, with_search
 from search_spaces import Architecture, MobileNet, SearchSpace
 from tests.nas import tiny
+from tests.nas.training import metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -220,6 +222,29 @@ def test_a_device_that_is_profiled_later_joins_the_run(run: Run) -> None:
     assert set(joined.devices) == {"toy", "stm32h743"}
 
 
+def test_trust_trains_some_subnets_alone_and_keeps_its_report(
+    run: Run, calls: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run.trust(3)
+    assert report.networks[0].architecture == str(run.space.smallest) and len(report.networks) == 3
+    state = load_checkpoint(run.folder / "supernet")
+    assert state is not None and report.steps == state[1]["step"] == calls.count("step") / 3
+    assert report.settings["arithmetic"] == state[1]["arithmetic"] and report.seed == run.experiment.seed
+    assert report.supernet_sha256 == run.evaluator.supernet_sha256
+    held = json.loads((run.folder / "trust.json").read_text())
+    assert held == report.to_dict() and "trust" in json.loads((run.folder / "stages.json").read_text())
+    calls.clear()
+    assert main(["trust", str(run.folder), "--networks", "3", "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == held and calls == []
+    assert (run.folder / "trust.png").stat().st_size > 5000 and "trust.png" in err
+    picture = run.folder / "other.svg"
+    assert main(["trust", str(run.folder), "--networks", "3", "--plot", str(picture)]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == str(report) and picture.is_file()
+    assert main(["trust", str(run.folder), "--networks", "2"]) == 2
+    assert "networks = 2; expected 3 to 64" in capsys.readouterr().err
+
+
 def test_a_busy_machine_at_the_last_check_does_not_spoil_the_run(
     tmp_path: Path, machine: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,8 +376,7 @@ def test_a_run_killed_at_many_moments_ends_like_one_that_was_not(tmp_path: Path)
     ids = [next((f / "exports").glob("[!.]*")) for f in (whole, folder)]
     assert ids[0].name == ids[1].name
     assert (ids[0] / "model.onnx").read_bytes() == (ids[1] / "model.onnx").read_bytes()
-    metrics = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, folder)]
-    assert metrics[0] == metrics[1]
+    assert metrics(folder) == metrics(whole)
 
 
 def test_an_export_that_died_halfway_is_made_anew(run: Run, tmp_path: Path) -> None:

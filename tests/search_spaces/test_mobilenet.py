@@ -231,3 +231,65 @@ def test_settings_no_network_can_take(settings: dict[str, object], message: str)
     with pytest.raises(ValueError, match=message) as refusal:
         MobileNet(**settings)  # type: ignore[arg-type]
     assert str(refusal.value).startswith("space mobilenet: ")
+
+
+# depth and expansion coupled
+
+
+COMPOFA = MobileNet(
+    resolutions=(32,), widths=(16, 24, 40, 80, 96), width_multipliers=(1,), depths=(2, 3, 4), kernels=(3,),
+    expansions=(3, 4, 6), precisions=("fp32",), coupled=True,
+)  # fmt: skip
+
+
+def test_the_coupled_space_of_compofa_has_243_networks() -> None:
+    assert COMPOFA.size == 3**5
+    networks = [COMPOFA.lower(architecture) for architecture in COMPOFA.all()]
+    assert len({network.layers for network in networks}) == len(networks) == 243
+    assert not [choice for choice in COMPOFA.choices if choice.role == "expand"]
+
+
+def test_a_coupled_expansion_is_that_of_the_depth() -> None:
+    widths = {"stem": 16, **{f"stage{i}": width for i, width in enumerate((16, 24, 40, 80, 96), start=1)}}
+    architecture = COMPOFA.parse("stage1.depth=2,stage2.depth=3,stage3.depth=4,stage4.depth=2,stage5.depth=4")
+    layers = COMPOFA.lower(architecture).by_name
+    for stage, (depth, expansion) in enumerate(((2, 3), (3, 4), (4, 6), (2, 3), (4, 6)), start=1):
+        for block in range(4):
+            layer = layers.get(f"stage{stage}.block{block}.expand")
+            assert (layer is None) == (block >= depth)
+            if layer is not None:
+                place = f"stage{stage}" if block else (f"stage{stage - 1}" if stage > 1 else "stem")
+                assert layer.out_shape[0] == round_width(widths[place] * expansion, 8)
+
+
+def test_coupled_and_free_spaces_share_networks() -> None:
+    plain: dict[str, object] = {"depths": (1, 2), "expansions": (1, 3), "widths": (8, 16), "precisions": ("int8",)}
+    coupled, free = MobileNet(**plain, coupled=True), MobileNet(**plain)  # type: ignore[arg-type]
+    for architecture in list(coupled.all())[::37]:
+        values = dict(architecture.values)
+        for stage in (1, 2):
+            for block in range(2):
+                values[f"stage{stage}.block{block}.expansion"] = 3 if values[f"stage{stage}.depth"] == 2 else 1
+        assert coupled.lower(architecture) == free.lower(free.build(values))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"depths": (1, 2, 3), "expansions": (2, 4)}, r"expansions = \[2, 4\]: expected 3, one for each depth"),
+        ({"depths": (1, 2), "expansions": (4, 2)}, r"expansions = \[4, 2\]: expected more where depths = \[1, 2\] has"),
+        ({"depths": (1, 2), "expansions": (2, 2)}, "expansions = .*no option twice"),
+        ({"depths": (1, 1), "expansions": (2, 4)}, "depths = .*no option twice"),
+        ({"coupled": 1}, "coupled = 1: expected true or false"),
+    ],
+)
+def test_couplings_that_make_no_space(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MobileNet(**{"coupled": True, **settings})  # type: ignore[arg-type]
+
+
+def test_coupled_lists_may_come_in_any_common_order() -> None:
+    assert MobileNet(depths=(3, 1), expansions=(6, 2), coupled=True).name == (
+        MobileNet(depths=(1, 3), expansions=(2, 6), coupled=True).name
+    )
+    assert "coupled" not in MobileNet().settings

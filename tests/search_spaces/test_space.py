@@ -84,13 +84,8 @@ def test_size_and_canonical_forms_are_those_of_enumeration(space: SearchSpace) -
 
 def test_size_and_canonical_forms_of_random_dependencies(rng: np.random.Generator) -> None:
     for _ in range(150):
-        choices: list[Choice] = []
-        for i in range(int(rng.integers(1, 8))):
-            parents = [c for c in choices if rng.random() < 0.35]
-            conditions = [(c.name, tuple(o for o in c.options if rng.random() < 0.6)) for c in parents]
-            choices.append(choice(f"c{i}", int(rng.integers(1, 4)), *conditions))  # type: ignore[arg-type]
-        space = toy(*choices)
-        assert space.size == len(enumerated(space)), choices
+        space = random_space(rng)
+        assert space.size == len(enumerated(space)), space.choices
         assert {space.from_codes(codes).codes for codes in every_code(space)} == enumerated(space)
 
 
@@ -242,6 +237,131 @@ def test_with_precision_sets_every_active_gene(space: SearchSpace, rng: np.rando
         expected = "int8" if c.role == "precision" and space.is_active(c.name, architecture) else architecture[c.name]
         assert changed[c.name] == expected
     assert space.with_precision(changed, "fp32") == space.with_precision(architecture, "fp32")
+
+
+# parts of a space
+
+
+def test_all_lists_each_architecture_once_in_the_order_of_codes() -> None:
+    space = toy(choice("a", 2), choice("b", 3, ("a", (1,))), choice("c", 2, ("b", (0, 2))), choice("d", 2))
+    listed = [architecture.codes for architecture in space.all()]
+    assert listed == sorted(enumerated(space)) and len(listed) == space.size == 12
+    assert listed == [architecture.codes for architecture in space.all()]
+
+
+def test_all_of_random_dependencies(rng: np.random.Generator) -> None:
+    for _ in range(100):
+        space = random_space(rng)
+        assert [architecture.codes for architecture in space.all()] == sorted(enumerated(space))
+
+
+def test_all_refuses_what_is_too_large_before_anything_is_listed() -> None:
+    with pytest.raises(
+        ValueError, match=r"architectures, too many to list \(at most 1,000,000\): restrict it, or sample"
+    ):
+        TRANSFORMER.all()
+    thousand = [choice(name, 10) for name in "abc"]
+    assert toy(*thousand, choice("d", 1_000)).all()
+    with pytest.raises(ValueError, match=r"has 1e\+06 architectures"):
+        toy(*thousand, choice("d", 1_001)).all()
+
+
+def test_a_restricted_space_holds_exactly_the_architectures_that_keep_to_it(rng: np.random.Generator) -> None:
+    for _ in range(150):
+        space = random_space(rng)
+        limits = {
+            c.name: tuple(o for o in c.options if rng.random() < 0.6) or c.options[-1:]
+            for c in space.choices
+            if rng.random() < 0.5
+        }
+        part = space.restricted(limits)
+        free = dict(zip((c.name for c in space.choices), (c.options for c in space.choices), strict=True)) | limits
+        expected = {
+            active_values(space, architecture)
+            for architecture in space.all()
+            if all(value in free[name] for name, value in active_values(space, architecture))
+        }
+        assert {active_values(part, architecture) for architecture in part.all()} == expected
+        assert part.size == len(expected)
+
+
+def random_space(rng: np.random.Generator) -> SearchSpace:
+    choices: list[Choice] = []
+    for i in range(int(rng.integers(1, 8))):
+        parents = [c for c in choices if rng.random() < 0.35]
+        conditions = [(c.name, tuple(o for o in c.options if rng.random() < 0.6)) for c in parents]
+        choices.append(choice(f"c{i}", int(rng.integers(1, 4)), *conditions))  # type: ignore[arg-type]
+    return toy(*choices)
+
+
+def active_values(space: SearchSpace, architecture: Architecture) -> frozenset[tuple[str, object]]:
+    return frozenset((n, v) for n, v in architecture.values.items() if space.is_active(n, architecture))
+
+
+def test_a_restricted_space_by_hand() -> None:
+    space = MOBILENET.restricted({"resolution": [12], "stage1.depth": [1], "stage2.block0.kernel": (5, 3)})
+    assert space.settings["restrict"] == {"resolution": [12], "stage1.depth": [1]}  # two kernels of two: no limit
+    assert [c.name for c in space.choices] == [c.name for c in MOBILENET.choices]
+    assert space.choice("stage2.block0.kernel").options == (3, 5)  # in the order of the space, not of the request
+    gone = space.choice("stage1.block1.kernel")
+    assert gone.options == (3,) and not space.is_active(gone.name, space.largest)
+    architecture = space.build({"stage2.depth": 2, "stage2.block1.kernel": 5})
+    assert space.is_active("stage2.block1.kernel", architecture) and architecture["resolution"] == 12
+    assert space.lower(architecture) == MOBILENET.lower(MOBILENET.build(architecture.values))
+    assert isinstance(space, MobileNet) and space.classes == MOBILENET.classes
+    with pytest.raises(InvalidArchitecture, match="an architecture of the space mobilenet-"):
+        MOBILENET.lower(architecture)
+
+
+@SPACES
+def test_a_restricted_space_lowers_as_the_whole_does(space: SearchSpace, rng: np.random.Generator) -> None:
+    for _ in range(30):
+        limits = {c.name: rng.permutation(len(c.options))[:2] for c in space.choices if rng.random() < 0.3}
+        part = space.restricted({name: [space.choice(name).options[i] for i in kept] for name, kept in limits.items()})
+        architecture = part.sample(rng)
+        assert part.lower(architecture) == space.lower(space.build(architecture.values))
+        again = build_space(part.family, json.loads(json.dumps(part.settings)))
+        assert (again.name, again.choices, again.settings) == (part.name, part.choices, part.settings)
+        assert again.lower(architecture) == part.lower(architecture)
+
+
+def test_restrictions_add_up() -> None:
+    twice = TRANSFORMER.restricted({"depth": [1, 2], "embedding": [24]}).restricted({"depth": [2], "block1.heads": [2]})
+    once = TRANSFORMER.restricted({"block1.heads": [2], "depth": [2], "embedding": [24]})
+    assert twice.name == once.name and twice.settings == once.settings and twice.choices == once.choices
+    assert TRANSFORMER.restricted({}).name == TRANSFORMER.name
+    assert TRANSFORMER.restricted({"depth": [3, 2, 1]}).settings == TRANSFORMER.settings
+    names = {TRANSFORMER.restricted({"depth": kept}).name for kept in ([1], [2], [3], [1, 2], [1, 3], [2, 3])}
+    assert len(names) == 6 and TRANSFORMER.name not in names
+
+
+def test_names_of_spaces_are_those_of_earlier_versions() -> None:
+    assert MobileNet().name == "mobilenet-3a60b517"
+    assert CompactTransformer().name == "compact_transformer-1314e845"
+    assert MobileNet().restricted({"stage1.depth": [2]}).name == "mobilenet-752621e3"
+
+
+@SPACES
+def test_only_a_foreign_or_restricted_architecture(space: SearchSpace, rng: np.random.Generator) -> None:
+    with pytest.raises(InvalidArchitecture, match="an architecture of the space"):
+        space.only(MobileNet().smallest)
+    part = space.restricted({"resolution": [12]})
+    architecture = part.sample(rng)
+    assert part.only(architecture).name == space.only(space.build(architecture.values)).name
+
+
+def test_restrictions_that_leave_nothing_or_name_nothing() -> None:
+    for limits, message in (
+        ({"dept": [1]}, "no choice 'dept'; did you mean 'depth'"),
+        ({"depth": [9]}, r"depth = 9 is not an option; options: \[1, 2, 3\]"),
+        ({"depth": []}, r"depth: no option is left; keep one of \[1, 2, 3\]"),
+        ({"depth": 2}, r"depth = 2: expected a list of options out of \[1, 2, 3\]"),
+        ({"block0.heads": "12"}, "block0.heads = '12': expected a list"),
+    ):
+        with pytest.raises(InvalidArchitecture, match=message):
+            TRANSFORMER.restricted(limits)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArchitecture, match=r"depth = 2 is not an option; options: \[1\]"):
+        TRANSFORMER.restricted({"depth": [1]}).restricted({"depth": [2]})
 
 
 # identity
