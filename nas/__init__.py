@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from nas.quantize import Quantized, quantize
     from nas.remeasure import remeasure
     from nas.sampling import sample_spread
+    from nas.scaling import fit_device, scale
     from nas.search import Evaluator, SearchSettings, search
+    from nas.strategies import Pass, Step, Strategy
     from nas.supernet import Subnet, Supernet
     from nas.train import TrainingDiverged, train
     from nas.train_settings import TrainSettings
@@ -50,9 +52,12 @@ __all__ = [
     "Limit",
     "Objective",
     "ParetoFront",
+    "Pass",
     "ProfiledDevice",
     "Quantized",
     "SearchSettings",
+    "Step",
+    "Strategy",
     "Subnet",
     "Supernet",
     "TrainSettings",
@@ -63,6 +68,7 @@ __all__ = [
     "at_least",
     "at_most",
     "export",
+    "fit_device",
     "from_arrays",
     "load_data",
     "load_experiment",
@@ -75,6 +81,7 @@ __all__ = [
     "recalibrate",
     "remeasure",
     "sample_spread",
+    "scale",
     "search",
     "train",
     "trust",
@@ -104,7 +111,9 @@ _HOMES = {
     "nas.quantize": ("Quantized", "quantize"),
     "nas.remeasure": ("remeasure",),
     "nas.sampling": ("sample_spread",),
+    "nas.scaling": ("fit_device", "scale"),
     "nas.search": ("Evaluator", "SearchSettings", "search"),
+    "nas.strategies": ("Pass", "Step", "Strategy"),
     "nas.supernet": ("Subnet", "Supernet"),
     "nas.train": ("TrainingDiverged", "train"),
     "nas.train_settings": ("TrainSettings",),

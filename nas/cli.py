@@ -234,6 +234,8 @@ def _space_settings(parsed: argparse.Namespace) -> dict[str, object]:
     """What --set, --classes and --channels say of the space."""
     import yaml
 
+    from search_spaces import FAMILIES
+
     settings: dict[str, object] = {}
     for text in parsed.set:
         key, separator, raw = text.partition("=")
@@ -245,7 +247,7 @@ def _space_settings(parsed: argparse.Namespace) -> dict[str, object]:
             raise ValueError(f"--set {text!r}: expected KEY=VALUE, such as 'depths=[1, 2]'")
     settings |= {key: getattr(parsed, key) for key in ("classes", "channels") if getattr(parsed, key)}
     if not parsed.name and (settings or parsed.fit or parsed.macs):
-        raise ValueError("name a family, such as 'nas spaces mobilenet --fit DEVICE'")
+        raise ValueError(f"name a family, such as 'nas spaces {next(iter(FAMILIES))} --fit DEVICE'")
     return settings
 
 

@@ -76,22 +76,27 @@ class Workers:
             )
         return np.array_split(positions, self.count)[self.rank]
 
-    def factor(self, share: int) -> float:
+    def factor(self, share: int, whole: int) -> float:
         """Times this, the mean loss over a share of so many images gives the gradient of that over the whole batch.
 
         DistributedDataParallel takes the mean over processes as if their shares were of one size.
         """
-        if self.count == 1:
-            return 1.0
-        return share / float(self.mean(torch.tensor(share, dtype=torch.float64)))
+        return share * self.count / whole
 
     def mean(self, values: Tensor) -> Tensor:
         """Elementwise mean over all processes, the same on each; not finite where one of them is not."""
+        return self._reduced(values, dist.ReduceOp.SUM) / self.count
+
+    def lowest(self, values: Tensor) -> Tensor:
+        """Elementwise minimum over all processes, the same on each."""
+        return self._reduced(values, dist.ReduceOp.MIN)
+
+    def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         if self.count == 1:
             return values.detach()
-        total = values.detach().to(self.device, copy=True)
-        dist.all_reduce(total)
-        return (total / self.count).to(values.device)
+        reduced = values.detach().to(self.device, copy=True)
+        dist.all_reduce(reduced, how)
+        return reduced.to(values.device)
 
     def broadcast(self, value: Any) -> Any:
         """The first process's value, on all: numbers, text, None and tensors (on the CPU then), nested as one likes."""

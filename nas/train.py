@@ -322,8 +322,9 @@ class _Trainer:
         """Keep the state; a good one is one that a collapse may go back to."""
         tensors, state = self._pack()
         spoilt = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-        if spoilt:  # the loss would only show it one step later, when the checkpoint is spoilt too
-            raise _Collapse(f"{spoilt} is not finite")
+        if float(self.workers.mean(torch.tensor(float(spoilt is not None)))):  # norm statistics differ between workers
+            # the loss would only show it one step later, when the checkpoint is spoilt too
+            raise _Collapse(f"{spoilt or 'a tensor of another process'} is not finite")
         if good:
             self._good = {name: tensor.detach().clone() for name, tensor in tensors.items()}, state
         if self.folder is not None and self.workers.is_first:

@@ -70,6 +70,8 @@ class StepRunner:
         self.lowest_variance = math.inf
         self._compiled: dict[Architecture, torch.nn.Module] = {}
         self._distil = DISTILLATIONS[settings.distillation]
+        if settings.compile and workers.count > 1:
+            raise ValueError(f"train.compile with {workers.count} processes: expected one process, or compile: false")
         unknown = sorted(set(settings.class_weights) - set(data.classes))
         if unknown:
             raise ValueError(f"train.class_weights names {unknown[0]!r}; the classes are {', '.join(data.classes)}")
@@ -109,7 +111,7 @@ class StepRunner:
     def _augmented(self, batch: Batch, generator: torch.Generator) -> _MicroBatch:
         pixels, labels = (tensor.to(self.workers.device, non_blocking=True) for tensor in batch[:2])
         pixels, targets = augment(pixels, labels, self.settings.augmentation, len(self.data.classes), generator)
-        scale = self.workers.count * len(labels) / batch.size
+        scale = self.workers.factor(len(labels), batch.size)
         return _MicroBatch(pixels, targets, batch.size, scale, {})
 
     def _images(self, part: _MicroBatch, resolution: int) -> Tensor:
@@ -135,7 +137,7 @@ class StepRunner:
         if features is not None:
             lowest = torch.tensor(self.lowest_variance, device=logits.device)
             image_weights, lowest = bias_weights(features.features, lowest)
-            self.lowest_variance = float(lowest)
+            self.lowest_variance = float(self.workers.lowest(lowest))  # one for all, or a resumed run would differ
         loss = self._loss_of(logits, one, part, image_weights)
         if part.largest_logits is None and architecture == self.supernet.space.largest:
             part.largest_logits = logits.detach()  # a student that is drawn as large does not replace its teacher

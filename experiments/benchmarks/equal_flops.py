@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,19 @@ def steps_within(name: str, settings: TrainSettings, budget: float) -> int:
     return steps
 
 
+@cache
+def _macs(architecture: Architecture) -> int:
+    return SPACE.lower(architecture).macs
+
+
 def _planned_macs(strategy: Strategy, step: int) -> float:
     """Of one step, for each image; what only a teacher or a candidate sees costs a third of what is trained."""
     total, taught = 0.0, False
     for one in strategy.step(step).passes:
-        macs = [SPACE.lower(architecture).macs for architecture in one.candidates]
+        macs = [_macs(architecture) for architecture in one.candidates]
         total += 3 * float(np.mean(macs)) + (sum(macs) if len(macs) > 1 else 0)
         taught |= one.teacher == "frozen"
-    return total + (SPACE.lower(SPACE.largest).macs if taught else 0)
+    return total + (_macs(SPACE.largest) if taught else 0)
 
 
 def chosen(count: int) -> list[Architecture]:

@@ -37,7 +37,7 @@ def test_type_checkers_and_readers_see_the_same_names() -> None:
 
 
 def test_a_module_does_not_hide_the_function_of_its_name() -> None:
-    for name in ("profile", "search", "export", "train", "remeasure", "quantize"):
+    for name in ("profile", "search", "export", "train", "remeasure", "quantize", "trust"):
         assert isinstance(importlib.import_module(f"nas.{name}"), ModuleType)
         assert callable(getattr(nas, name))
 
