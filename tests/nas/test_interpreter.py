@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nas.interpreter import OPERATIONS, Normalization, execute, segment_starts
+from nas.interpreter import FUSED, OPERATIONS, Normalization, execute, segment_starts
 from search_spaces import INPUT, KINDS, Layer, Network
 from search_spaces import layers as L
 from search_spaces.layers import Port, port
@@ -284,3 +284,21 @@ def test_no_segments_are_refused(draw, segments: int) -> None:  # type: ignore[n
     network, held = residual_network(x)
     with pytest.raises(ValueError, match=f"segments is {segments}; expected 1"):
         execute(network, x, lambda layer: held.get(layer.name, {}), EVAL, segments=segments)
+
+
+def test_relu6_is_that_of_torch_and_keeps_no_copy() -> None:
+    x = torch.cat([torch.linspace(-3.0, 9.0, 1001), torch.tensor([0.0, 6.0])])
+    gradients = []
+    for apply in (FUSED["relu6"], torch.nn.functional.relu6):
+        leaf = x.clone().requires_grad_()
+        made = leaf * 1.0  # a leaf may not be changed in place
+        out = apply(made)
+        out.backward(torch.arange(1.0, len(x) + 1))
+        gradients.append(leaf.grad)
+        assert torch.equal(out, x.clamp(0.0, 6.0))
+    assert torch.equal(gradients[0], gradients[1])
+    saved: list[int] = []
+    made = torch.randn(50, requires_grad=True) * 1.0
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        out = FUSED["relu6"](made)
+    assert saved == [out.data_ptr()]
