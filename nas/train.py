@@ -141,7 +141,8 @@ class _Trainer:
         self.guard = Guard.of(data, settings.patience)
         self.step = 0
         self.rollbacks = 0
-        self.seconds = 0.0
+        self.seconds = 0.0  # spent on steps
+        self._since = time.monotonic()
         self.results: dict[str, float] = {}
         self._good: tuple[Tensors, dict[str, Any]] | None = None  # what a collapse goes back to
 
@@ -173,7 +174,7 @@ class _Trainer:
     def _train_epoch(self, bar: tqdm[Any]) -> None:
         """Train what is left of an epoch, evaluate, and keep what there is."""
         epoch = self.step // self.steps_an_epoch
-        started = saved = time.monotonic()
+        self._since = saved = time.monotonic()
         for batches in self._epoch(epoch):
             loss = self._train_step(batches)
             self.step += 1
@@ -182,11 +183,16 @@ class _Trainer:
             if self.step == self.steps:
                 break
             if self._is_due(saved) and self.step % self.steps_an_epoch:
-                self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
+                self._tick()
                 self._save()
                 saved = time.monotonic()
-        self.seconds += time.monotonic() - started
+        self._tick()
         self._end_epoch(epoch + 1, loss)
+
+    def _tick(self) -> None:
+        """Count the seconds since the last time; evaluations are not counted."""
+        now = time.monotonic()
+        self.seconds, self._since = self.seconds + now - self._since, now
 
     def _is_due(self, saved: float) -> bool:
         """Whether it is time for a checkpoint; the first worker's clock decides, now and then, for all."""
@@ -285,9 +291,12 @@ class _Trainer:
         at = self.step
         if self.rollbacks == RETRIES or self._good is None:
             raise TrainingDiverged(self._divergence(reason))
-        rollbacks, macs, arithmetic = self.rollbacks + 1, self.runner.macs, self.runner.arithmetic
+        self._tick()
+        rollbacks, seconds = self.rollbacks + 1, self.seconds
+        macs, arithmetic = self.runner.macs, self.runner.arithmetic
         self._unpack(*self._good)
-        self.rollbacks, self.runner.macs, self.runner.arithmetic = rollbacks, macs, arithmetic
+        self.rollbacks, self.seconds = rollbacks, seconds  # what was spent stays spent
+        self.runner.macs, self.runner.arithmetic = macs, arithmetic
         rate = self.settings.learning_rate * LOWER**rollbacks
         log.warning(
             "%s at step %d: going back to step %d with a learning rate of %g at most", reason, at, self.step, rate

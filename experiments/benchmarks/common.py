@@ -8,8 +8,8 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +50,20 @@ def finish(result: Mapping[str, Any], out: Path) -> None:
 def in_processes(commands: Sequence[Sequence[str]], workers: int) -> Iterator[tuple[int, str]]:
     """(index, stdout) of each command as it ends, `workers` of them at once with one thread each.
 
-    Raises RuntimeError with the end of stderr when one fails; those that run are ended then.
+    Raises RuntimeError with the end of stderr when one fails; those that wait are not begun then.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    waiting, running = list(enumerate(commands)), dict[int, subprocess.Popen[str]]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                index, command = waiting.pop(0)
-                running[index] = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-                )
-            done = next((index for index, process in running.items() if process.poll() is not None), None)
-            if done is None:
-                time.sleep(0.2)
-                continue
-            process = running.pop(done)
-            stdout, stderr = process.communicate()
-            if process.returncode:
-                raise RuntimeError(f"{shlex.join(commands[done])} failed:\n{stderr[-2000:]}")
-            yield done, stdout
-    finally:
-        for process in running.values():
-            process.kill()
+
+    def done(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(done, command): index for index, command in enumerate(commands)}
+        try:
+            for finished in as_completed(waiting):
+                process = finished.result()
+                if process.returncode:
+                    raise RuntimeError(f"{shlex.join(process.args)} failed:\n{process.stderr[-2000:]}")
+                yield waiting[finished], process.stdout
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -110,6 +110,7 @@ def work(item: Mapping[str, Any], data: Data, folder: Path) -> dict[str, Any]:
         space = SPACE.only(SPACE.parse(item["architecture"]))
     supernet = Supernet(space, seed=item["seed"])
     results = train(supernet, data, seed=item["seed"], settings=settings, folder=folder)
+    supernet.cpu()
     found: dict[str, Any] = {"macs": results["macs"], "train_seconds": results["seconds"]}
     found |= {"rollbacks": results["rollbacks"], "commit": versions().get("commit")}
     if item["kind"] == "tune":
