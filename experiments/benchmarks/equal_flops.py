@@ -40,7 +40,7 @@ SPACE = MobileNet(
 RECIPE = TrainSettings(
     batch_size=64, weight_decay=5e-5, flip=True, crop_padding=4, arithmetic="fp32_channels_last", evaluate_every=10**6
 )
-RATES = (0.025, 0.05, 0.1, 0.2)
+RATES = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 TUNED_ON = 16  # networks whose mean accuracy on val_search chooses the learning rate
 TUNING_SHARE = 0.25  # of the budget
 SEEDS = (0, 1, 2)

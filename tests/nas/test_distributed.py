@@ -324,6 +324,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_or_ends_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
     first, second = start_pair("lose", tmp_path, *free_ports(3))
     try:
