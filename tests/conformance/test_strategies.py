@@ -152,17 +152,20 @@ def events_of(name: str) -> list[int]:
 
 
 # a step of an event is done again, or was the last, or the last but one; and mixed up with everything, the last
-KILLS = [("plain", name, e + after) for name in STRATEGIES for e in events_of(name) for after in (0, 1, 2)]
-KILLS += [("everything", name, e + 1) for name in STRATEGIES for e in events_of(name)]
-KILLS += [(kind, name, 4) for kind in SETTINGS for name in STRATEGIES if not events_of(name)]
+KILLS = [("everything", name, e + 1) for name in STRATEGIES for e in events_of(name)]
+KILLS += [("everything", name, 4) for name in STRATEGIES if not events_of(name)]
+PLAIN = [("plain", name, e + after) for name in STRATEGIES for e in events_of(name) for after in (0, 1, 2)]
+PLAIN += [("plain", name, 4) for name in STRATEGIES if not events_of(name)]
 
 
 def test_strategies_have_their_events_in_the_trainings_that_are_killed() -> None:
     assert {name for name in STRATEGIES if events_of(name)} == set(EVENTS)
-    assert all(0 < step < 12 for *_, step in KILLS)
+    assert all(0 < step < 12 for *_, step in KILLS + PLAIN)
 
 
-@pytest.mark.parametrize(("kind", "name", "step"), KILLS)
+@pytest.mark.parametrize(
+    ("kind", "name", "step"), [*KILLS, *(pytest.param(*kill, marks=pytest.mark.slow) for kill in PLAIN)]
+)
 def test_a_killed_training_goes_on_bit_for_bit(
     kind: str, name: str, step: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -262,8 +262,16 @@ def test_arithmetic_that_was_timed_stays_after_going_back_to_the_beginning(
     assert found is not None and found[1]["arithmetic"] == "fp32_channels_last"
 
 
-@pytest.mark.parametrize("poisoned", [2, EPOCH + 2])  # before the first good state, and after
-@pytest.mark.parametrize("after", [-1, 1, EPOCH])
+SHORT = [
+    (-1, 2),
+    (1, EPOCH + 2),
+]  # killed so long after the rollback; poisoned before the first good state, and after it
+LONG = [(1, 2), (EPOCH, 2), (-1, EPOCH + 2), (EPOCH, EPOCH + 2)]
+
+
+@pytest.mark.parametrize(
+    ("after", "poisoned"), [*SHORT, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)]
+)
 def test_killed_around_a_rollback_and_resumed(
     poisoned: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -309,7 +309,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("step", [1, EPOCH, EPOCH + 2])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), EPOCH, EPOCH + 2])
 @pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED.keys())
 def test_going_on_gives_the_same_weights_bit_for_bit(
     data: Data, tmp_path: Path, settings: TrainSettings, step: int, monkeypatch: pytest.MonkeyPatch
