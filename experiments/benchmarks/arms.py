@@ -1,8 +1,9 @@
 """What benchmarks of training arms share: pieces of work as lines of a file, and differences paired by seed.
 
-A piece of work is a JSON object that says all that decides it. Each is done in a process of its own, which is this
+A piece of work is a JSON object: arm, seed, steps and the like. Each is done in a process of its own, which is this
 script called with `--item`, and becomes a line {"item": ..., ...found} of NAME_runs.jsonl beside --out. A piece whose
-line is there is not done again, so a stopped benchmark goes on; another number of steps is another piece.
+line is there is not done again, so a stopped benchmark goes on. What a script holds itself (its recipe, what an arm
+means) is not in the item: whoever changes that deletes the lines. The commit of each line is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nas import Data
 from nas.versions import versions
 
 Item = dict[str, Any]
-LEVEL = 0.95  # of the intervals; what is outside counts as a difference
+LEVEL = 0.95  # of the intervals, unless told otherwise; what is outside counts as a difference
 
 # pieces of work ------------------------------------------------------------------------------------------
 
@@ -48,18 +49,40 @@ def run(
 
     The first `alone` items run one by one, with nothing beside them: they measure time.
     """
-    if asked.item is not None:
-        folder = asked.runs / hashlib.sha256(key(asked.item).encode()).hexdigest()[:12]
-        print(json.dumps({"item": asked.item, **work(asked.item, folder), "commit": versions().get("commit")}))
+    if is_piece(asked, work):
         return
-    log = asked.out.with_name(f"{asked.out.stem}_runs.jsonl")
     if not asked.report:
-        command = [sys.executable, *sys.argv]
-        do(items[:alone], log, command, 1)
-        do(items[alone:], log, command, asked.workers)
-    done = finished(items, log)
+        do(items[:alone], log_of(asked), this_command(), 1)
+        do(items[alone:], log_of(asked), this_command(), asked.workers)
+    tell(asked, items, report)
+
+
+def is_piece(asked: argparse.Namespace, work: Callable[[Item, Path], Mapping[str, Any]]) -> bool:
+    """Whether this process is for one item only; if so, it is done now and its line printed."""
+    if asked.item is None:
+        return False
+    folder = asked.runs / hashlib.sha256(key(asked.item).encode()).hexdigest()[:12]
+    print(json.dumps({"item": asked.item, **work(asked.item, folder), "commit": versions().get("commit")}))
+    return True
+
+
+def tell(
+    asked: argparse.Namespace,
+    items: Sequence[Item],
+    report: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+) -> None:
+    """Report on those items that are done."""
+    done = finished(items, log_of(asked))
     told = {"pieces": {"done": len(done), "planned": len(items)}, "commits": sorted({str(x["commit"]) for x in done})}
     finish({**about(asked.seeds), **told, **report(done)}, asked.out)
+
+
+def log_of(asked: argparse.Namespace) -> Path:
+    return Path(asked.out).with_name(f"{asked.out.stem}_runs.jsonl")
+
+
+def this_command() -> list[str]:
+    return [sys.executable, *sys.argv]
 
 
 def key(item: Mapping[str, Any]) -> str:
@@ -109,13 +132,14 @@ def by_arm(
     return found
 
 
-def compared(values: Mapping[str, Mapping[int, float]], base: str) -> dict[str, Any]:
+def compared(values: Mapping[str, Mapping[int, float]], base: str, level: float = LEVEL) -> dict[str, Any]:
     """Arms against `base`, paired by seed.
 
     Every value is taken as a mean, plus something of its arm, plus something of its seed, plus noise (a randomized
     block design). The noise that arm and seed leave over is pooled over the arms, since two or three seeds say little
-    about one arm alone; with two arms this is the paired t-test. A difference is `better` or `worse` where its 95 %
-    interval (Student's t) leaves out 0: of twenty arms without any effect, about one would be called so by chance.
+    about one arm alone; with two arms this is the paired t-test. A difference is `better` or `worse` where its
+    interval (Student's t, at `level`) leaves out 0: at 95 %, of twenty arms without any effect about one would be
+    called so by chance.
 
     Args:
         values: arm -> seed -> figure, larger being better. Arms that lack a seed of the base are left out.
@@ -126,7 +150,7 @@ def compared(values: Mapping[str, Mapping[int, float]], base: str) -> dict[str, 
     """
     seeds = sorted(values.get(base, {}))
     whole = {arm: np.array([of[s] for s in seeds]) for arm, of in values.items() if seeds and set(seeds) <= set(of)}
-    noise, half = _noise(np.array(list(whole.values())))
+    noise, half = _noise(np.array(list(whole.values())), level)
     rows: dict[str, Any] = {}
     for arm, found in whole.items():
         each = {str(seed): _round(value) for seed, value in zip(seeds, found, strict=True)}
@@ -141,7 +165,7 @@ def compared(values: Mapping[str, Mapping[int, float]], base: str) -> dict[str, 
     return {"base": base, "noise": noise if noise is None else _round(noise), "arms": rows, "unfinished": unfinished}
 
 
-def _noise(values: np.ndarray) -> tuple[float | None, float | None]:
+def _noise(values: np.ndarray, level: float) -> tuple[float | None, float | None]:
     """(standard deviation of a value, half an interval of a difference of means) of values (arms, seeds)."""
     from scipy.stats import t
 
@@ -150,7 +174,7 @@ def _noise(values: np.ndarray) -> tuple[float | None, float | None]:
     left = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
     freedom = (values.shape[0] - 1) * (values.shape[1] - 1)
     noise = float(np.sqrt(np.square(left).sum() / freedom))
-    return noise, float(t.ppf(0.5 + LEVEL / 2, freedom)) * noise * (2 / values.shape[1]) ** 0.5
+    return noise, float(t.ppf(0.5 + level / 2, freedom)) * noise * (2 / values.shape[1]) ** 0.5
 
 
 def _verdict(gap: float, half: float | None) -> str:
