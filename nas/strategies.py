@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -23,8 +24,8 @@ SIZES = ("smallest", "middle", "largest")  # the architectures whose health is w
 FROZEN, LARGEST = "frozen", "largest"  # teachers
 FREEZE_TEACHER, SORT_CHANNELS = "freeze_teacher", "sort_channels"  # events
 
-MACS_BINS = 25  # of attentive sampling (arXiv 2011.09011)
-POOL = 1000  # architectures that attentive sampling draws from
+MACS_GROUPS = 25  # of attentive sampling; ours: the source has bins of 25 million MACs (arXiv 2011.09011)
+POOL = 1000  # draws that attentive sampling chooses from
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,9 @@ class Sandwich(_Planner):
 class Attentive(Sandwich):
     """AttentiveNAS (arXiv 2011.09011): a sandwich whose random networks are the best, or worst, of three.
 
-    The three have about the same MACs: a network drawn at random sets the target (its MACs follow those of the
-    space), and two more come from its bin. Which of them has the lowest, or highest, loss decides the trainer.
+    The three are distinct and have about the same MACs: what `POOL` draws from the space gave is sorted by MACs and
+    split into groups of one size, a group is drawn, then three of it. Which of them has the lowest, or highest, loss
+    on the batch decides the trainer. Networks that were not drawn are trained through shared weights only.
     """
 
     CANDIDATES = 3
@@ -204,18 +206,16 @@ class Attentive(Sandwich):
     def __init__(self, space: SearchSpace, seed: int, steps: int, settings: StrategySettings) -> None:
         super().__init__(space, seed, steps, settings)
         rng = np.random.default_rng([seed, 1])
-        self.pool = tuple(sample(space, rng) for _ in range(POOL))
-        macs = {architecture: space.lower(architecture).macs for architecture in set(self.pool)}
-        counted = np.array([macs[architecture] for architecture in self.pool], dtype=np.float64)
-        edges = np.linspace(counted.min(), counted.max(), MACS_BINS + 1)[1:-1]
-        self._bin_of = np.digitize(counted, edges)
-        self._members = [np.flatnonzero(self._bin_of == b) for b in range(MACS_BINS)]
+        pool = dict.fromkeys(sample(space, rng) for _ in range(POOL))
+        ranked = sorted(pool, key=lambda architecture: space.lower(architecture).macs)
+        count = max(1, min(MACS_GROUPS, len(ranked) // self.CANDIDATES))
+        ends = np.linspace(0, len(ranked), count + 1).round().astype(int)
+        self.groups = tuple(tuple(ranked[a:b]) for a, b in pairwise(ends))
 
     def _random(self, part: int, rng: np.random.Generator, weight: float) -> Pass:
-        first = int(rng.integers(len(self.pool)))
-        others = rng.choice(self._members[self._bin_of[first]], size=self.CANDIDATES - 1)
-        candidates = dict.fromkeys(self.pool[int(i)] for i in (first, *others))
-        return self._taught(tuple(candidates), part, weight)
+        group = self.groups[int(rng.integers(len(self.groups)))]
+        drawn = rng.choice(len(group), size=min(self.CANDIDATES, len(group)), replace=False)
+        return self._taught(tuple(group[int(i)] for i in drawn), part, weight)
 
 
 class Delayed(Sandwich):
@@ -364,8 +364,7 @@ def sample(space: SearchSpace, rng: np.random.Generator) -> Architecture:
 
 def unquantized(space: SearchSpace, architecture: Architecture) -> Architecture:
     """The architecture with every precision at its first option."""
-    pairs = zip(space.choices, architecture.codes, strict=True)
-    return space.from_codes(0 if choice.role == "precision" else code for choice, code in pairs)
+    return space.unquantized(architecture)
 
 
 def middle(space: SearchSpace) -> Architecture:

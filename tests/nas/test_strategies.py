@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -177,10 +178,11 @@ def test_a_sandwich_is_the_largest_then_the_smallest_and_random_ones() -> None:
 @pytest.mark.parametrize("attend", ["best", "worst"])
 def test_attentive_chooses_among_three_of_about_the_same_macs(attend: str) -> None:
     strategy = made("attentive", WIDE, 400, attend=attend, sampled=2)
-    assert isinstance(strategy, Attentive) and len(strategy.pool) == 1000
-    macs = {a: WIDE.lower(a).macs for a in strategy.pool}
-    low, high = min(macs.values()), max(macs.values())
-    bins, sizes = [], Counter[int]()
+    assert isinstance(strategy, Attentive) and len(strategy.groups) == 25
+    macs = [[WIDE.lower(a).macs for a in group] for group in strategy.groups]
+    assert all(max(lower) <= min(upper) for lower, upper in pairwise(macs))
+    assert max(map(len, macs)) - min(map(len, macs)) <= 1 and len({a for g in strategy.groups for a in g}) > 900
+    places = []
     for number in range(400):
         largest, smallest, *others = strategy.step(number).passes
         assert largest == Pass((WIDE.largest,))
@@ -188,23 +190,26 @@ def test_attentive_chooses_among_three_of_about_the_same_macs(attend: str) -> No
         for one in others:
             assert (one.teacher, one.labels, one.weight, one.regularized) == ("largest", 0.0, 1.0, False)
             assert one.highest == (attend == "worst")
-            places = {min(24, int((macs[a] - low) / (high - low) * 25)) for a in one.candidates}
-            assert len(places) == 1
-            bins.append(places.pop())
-            sizes[len(one.candidates)] += 1
-    assert sizes[3] > 700 and set(sizes) <= {1, 2, 3}
-    expected = np.bincount([min(24, int((macs[a] - low) / (high - low) * 25)) for a in strategy.pool], minlength=25)
-    found = np.bincount(bins, minlength=25)
-    many = expected >= 20
-    share = expected[many] / expected[many].sum()
-    assert chisquare(found[many], share * found[many].sum()).pvalue > 1e-3
+            assert len(set(one.candidates)) == 3
+            found = {place for place, group in enumerate(strategy.groups) if set(one.candidates) <= set(group)}
+            assert len(found) == 1
+            places.append(found.pop())
+    assert chisquare(np.bincount(places, minlength=25)).pvalue > 1e-3
 
 
-def test_the_pool_of_attentive_sampling_depends_on_the_seed() -> None:
+def test_what_attentive_sampling_draws_from_depends_on_the_seed() -> None:
     first, again, other = (made("attentive", WIDE, 10, seed) for seed in (1, 1, 2))
     assert isinstance(first, Attentive) and isinstance(again, Attentive) and isinstance(other, Attentive)
-    assert first.pool == again.pool != other.pool
-    check_uniform(WIDE, list(first.pool))
+    assert first.groups == again.groups != other.groups
+    check_uniform(WIDE, [architecture for group in first.groups for architecture in group])
+
+
+def test_attentive_in_a_space_of_two_networks() -> None:
+    space = MobileNet(resolutions=(8,), widths=(8,), width_multipliers=(1,), depths=(1, 2), kernels=(3,),
+                      expansions=(1,), precisions=("fp32",))  # fmt: skip
+    strategy = made("attentive", space, 10)
+    candidates = strategy.step(3).passes[2].candidates
+    assert len(set(candidates)) == len(candidates) == 2
 
 
 # delayed -------------------------------------------------------------------------------------------------
