@@ -26,7 +26,7 @@ from search_spaces.family import (
 )
 from search_spaces.layers import INPUT, PREV, Layer, Port, port
 from search_spaces.precision import precision_of
-from search_spaces.space import Choice, Condition, SearchSpace, Slot, Value, Values
+from search_spaces.space import RESTRICT, Choice, Condition, SearchSpace, Slot, Value, Values
 
 NONLINEARITIES = ("relu", "relu6", "hardswish")
 WIDTH_MULTIPLIERS = (0.5, 0.75, 1.0)
@@ -314,8 +314,11 @@ class MobileNet(SearchSpace):
         cls, settings: Mapping[str, object], *, resolution: int, width: float, precisions: Sequence[str]
     ) -> dict[str, object]:
         """The settings for one input side, with the width multipliers times `width`; see `SearchSpace.placed`."""
-        given = settings.get("width_multipliers", WIDTH_MULTIPLIERS)
         read = SettingReader("mobilenet")
+        _refuse_restrict(read, settings)
+        if "resolutions" in settings:
+            read.refuse("resolutions", settings["resolutions"], f"none, where the input side is set to {resolution}")
+        given = settings.get("width_multipliers", WIDTH_MULTIPLIERS)
         multipliers = [
             round(multiplier * width, 6) for multiplier in read.number_options("width_multipliers", given, 0)
         ]
@@ -336,6 +339,7 @@ class MobileNet(SearchSpace):
         the deeper one's coupled expansion stays. Widths are multiples of the divisor.
         """
         read = SettingReader("mobilenet")
+        _refuse_restrict(read, settings)
         strides, stem_stride = (
             read.wholes("strides", settings["strides"]),
             read.whole("stem_stride", settings["stem_stride"]),
@@ -356,6 +360,12 @@ class MobileNet(SearchSpace):
             expansions = read.numbers("expansions", settings["expansions"], 1)
             scaled["expansions"] = list(dict(zip(depths, expansions, strict=True)).values())
         return scaled
+
+
+def _refuse_restrict(read: SettingReader, settings: Mapping[str, object]) -> None:
+    """The options that it keeps are not those of a space of other widths, depths and input sides."""
+    if settings.get(RESTRICT):
+        read.refuse(RESTRICT, settings[RESTRICT], "none, where the space is scaled; restrict what comes out of it")
 
 
 def _rounded(value: float) -> int:

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cached_property, lru_cache
 from math import prod
 from operator import index
@@ -156,7 +157,7 @@ class SearchSpace:
         return self._index[name], frozenset(choice.code_of(option) for option in options)
 
     def __repr__(self) -> str:
-        return f"<SearchSpace {self.name}: {len(self.choices)} choices, {self.size:.3g} architectures>"
+        return f"<SearchSpace {self.name}: {len(self.choices)} choices, {size_text(self.size)} architectures>"
 
     # architectures -------------------------------------------------------------------------------------
 
@@ -226,8 +227,8 @@ class SearchSpace:
         """Every architecture once, in the order of their codes; raises ValueError above a million of them."""
         if self.size > MOST_LISTED:
             raise ValueError(
-                f"the space {self.name} has {self.size:.3g} architectures, too many to list (at most {MOST_LISTED:,}): "
-                f"restrict it, or sample"
+                f"the space {self.name} has {size_text(self.size)} architectures, too many to list "
+                f"(at most {MOST_LISTED:,}): restrict it, or sample"
             )
         return self._listed()
 
@@ -249,7 +250,7 @@ class SearchSpace:
     @property
     def largest(self) -> Architecture:
         """The last option of every choice, but the first precision: the network all weights are cut from."""
-        return self.from_codes([0 if c.role == "precision" else len(c.options) - 1 for c in self.choices])
+        return self.unquantized(self.from_codes([len(choice.options) - 1 for choice in self.choices]))
 
     @cached_property
     def size(self) -> int:
@@ -352,7 +353,8 @@ class SearchSpace:
     ) -> dict[str, object]:
         """The settings with one input side in pixels, all channels times `width` and these options of precision.
 
-        Raises NotScalable unless the family says how.
+        Raises NotScalable unless the family says how, and ValueError for settings that have an input side already
+        or `restrict`.
         """
         raise NotScalable(f"the family {cls.__name__} does not say how to set its input side and widths: no 'placed'")
 
@@ -363,7 +365,7 @@ class SearchSpace:
         """Complete settings with the input side, the number of blocks and the channels of the blocks multiplied.
 
         What a first and last layer have, and where the strides are, stays. Raises NotScalable unless the family
-        says how.
+        says how, and ValueError for settings with `restrict`.
         """
         raise NotScalable(f"the family {cls.__name__} does not say how to scale its blocks: it has no method 'scaled'")
 
@@ -393,6 +395,11 @@ class SearchSpace:
                 codes[i] = choice.code_of(precision)
         return self.from_codes(codes)
 
+    def unquantized(self, architecture: Architecture) -> Architecture:
+        """The same network with every precision at its first option."""
+        pairs = zip(self.choices, self._own(architecture).codes, strict=True)
+        return self.from_codes(0 if choice.role == "precision" else code for choice, code in pairs)
+
     def occurrences(self) -> Iterator[Network]:
         """Networks that together show every layer at its largest: the largest, the smallest, and each variation
         of one choice of the largest. The conformance suite checks this promise for every family."""
@@ -400,6 +407,11 @@ class SearchSpace:
         yield self.lower(self.smallest)
         for architecture in self.neighbours(self.largest):
             yield self.lower(architecture)
+
+
+def size_text(size: int) -> str:
+    """Three digits of a number of architectures, such as 1.23e+400: floats end at 1e308."""
+    return f"{size:.3g}" if size < 1e300 else f"{Decimal(size):.2e}"
 
 
 def _common(counting: tuple[Value, ...], options: tuple[Value, ...]) -> tuple[Value, ...]:
