@@ -53,6 +53,11 @@ class Augmentation:
         if not valid:
             raise ValueError(f"train.{name} = {getattr(self, name)}; expected {expected}")
 
+    def check_library(self) -> None:
+        """Raise MissingKornia where something is on that needs it and it is not installed."""
+        if self.erasing or self.mixup or self.cutmix:
+            _kornia()
+
 
 def augment(
     pixels: Tensor, labels: Tensor, settings: Augmentation, classes: int, generator: torch.Generator

@@ -66,6 +66,7 @@ class Guard:
         self.patience = patience
         self.learned: set[str] = set()
         self.at_chance: dict[str, int] = {}
+        self.watched: dict[str, int] = {}  # evaluations of each
 
     @classmethod
     def of(cls, data: Data, patience: int) -> Guard:
@@ -81,6 +82,7 @@ class Guard:
         """What collapsed, in words; empty when nothing did. Call it once an evaluation."""
         collapsed = []
         for name in watched:
+            self.watched[name] = self.watched.get(name, 0) + 1
             if accuracies[name] > self.learned_above:
                 self.learned.add(name)
             fallen = name in self.learned and accuracies[name] <= self.chance_below
@@ -89,9 +91,16 @@ class Guard:
                 collapsed.append(f"the {name} subnet has been at chance for {self.at_chance[name]} evaluations")
         return " and ".join(collapsed)
 
+    @property
+    def stuck(self) -> list[str]:
+        """Which networks were watched `patience` times and have never been better than guessing."""
+        return [name for name, times in self.watched.items() if times >= self.patience and name not in self.learned]
+
     def state(self) -> dict[str, object]:
-        return {"learned": sorted(self.learned), "at_chance": dict(sorted(self.at_chance.items()))}
+        counted = {"at_chance": self.at_chance, "watched": self.watched}
+        return {"learned": sorted(self.learned)} | {name: dict(sorted(of.items())) for name, of in counted.items()}
 
     def restore(self, state: Mapping[str, object]) -> None:
         self.learned = set(state["learned"])  # type: ignore[call-overload]
         self.at_chance = dict(state["at_chance"])  # type: ignore[call-overload]
+        self.watched = dict(state["watched"])  # type: ignore[call-overload]

@@ -49,8 +49,13 @@ def label_loss(
     if class_weights is None:
         return losses.mean()
     _check_length("class_weights", class_weights, logits.shape[1])
-    counted = targets @ class_weights if targets.is_floating_point() else class_weights[targets]
+    counted = counts(targets, class_weights)
     return (losses * counted).sum() / counted.sum()
+
+
+def counts(targets: Tensor, class_weights: Tensor) -> Tensor:
+    """What each image counts in a class-weighted mean, (n,): the weight of its class, or of its share of each."""
+    return targets @ class_weights if targets.is_floating_point() else class_weights[targets]
 
 
 def _check_length(name: str, weights: Tensor, expected: int) -> None:

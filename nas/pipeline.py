@@ -26,7 +26,7 @@ from nas.remeasure import remeasure
 from nas.search import Costs, Evaluator, devices_of, search, storage_url, study_name
 from nas.stages import stage
 from nas.supernet import Supernet
-from nas.train import check_fit, load_weights, train
+from nas.train import check_training, load_weights, train
 from nas.trust import TrustReport, trust
 from nas.versions import versions
 from predictors import LatencyPredictor
@@ -90,7 +90,7 @@ class Run:
         objectives, limits = plan.parsed_objectives, plan.parsed_limits
         profiled = [ProfiledDevice(load_device(device.name)) for device in self.experiment.devices]
         devices = devices_of([*objectives, *limits], profiled)
-        check_fit(self.space, self.data)
+        check_training(self.experiment.train, self.space, self.data)
         costs = Costs(self.space, objectives, limits, devices)
         asked: list[Item] = [parse_objective(export_plan.best), *export_plan.parsed_limits]
         unknown = next((item.key for item in asked if item.key not in costs.keys), None)

@@ -105,7 +105,8 @@ class StrategySettings:
         self._check("sampled", self.sampled >= 0, "0 or more")
         self._check("warmup", 0 <= self.warmup <= 1, "a share of the steps, from 0 to 1")
         self._check("delay", 0 <= self.delay < 1, "a share of the steps, from 0 to below 1")
-        self._check("ramp", 0 <= self.ramp <= self.delay, "a share of the steps, from 0 to train.delay")
+        if self.strategy == "delayed":
+            self._check("ramp", 0 <= self.ramp <= self.delay, "a share of the steps, from 0 to train.delay")
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

@@ -76,8 +76,8 @@ def train(
         settings: how; or give fields of `TrainSettings` as keywords.
         strategy: a strategy of your own, or the name of one; by default the one that the settings name.
 
-    Returns loss; accuracy on val_search and gradient norm of the smallest, middle and largest subnet; macs spent,
-    seconds, rollbacks.
+    Returns the mean loss of the last epoch; accuracy on val_search and gradient norm of the smallest, the middle and
+    the largest subnet; macs spent, seconds, rollbacks.
 
     Raises TrainingDiverged when training collapsed (a loss that is not finite, or a subnet back at chance) more
     often than a lower learning rate could help, the last good checkpoint kept; ValueError when the space does not
@@ -88,7 +88,7 @@ def train(
     if settings is not None and options:
         raise ValueError(f"train got settings and {', '.join(options)}; expected one or the other")
     settings = settings or TrainSettings(**options)  # type: ignore[arg-type]
-    check_fit(supernet.space, data)
+    check_training(settings, supernet.space, data)
     if settings.kernel_transforms != supernet.kernel_transforms:
         raise ValueError(
             f"train.kernel_transforms is {settings.kernel_transforms}, but the supernet was made with "
@@ -107,6 +107,15 @@ def check_fit(space: SearchSpace, data: Data) -> None:
         raise ValueError(
             f"the space has {space.classes} classes, {data.name} has {len(data.classes)}; set space.classes"
         )
+
+
+def check_training(settings: TrainSettings, space: SearchSpace, data: Data) -> None:
+    """Raise ValueError, or MissingKornia, for what can be known to fail before training begins."""
+    check_fit(space, data)
+    unknown = sorted(set(settings.class_weights) - set(data.classes))
+    if unknown:
+        raise ValueError(f"train.class_weights names {unknown[0]!r}; the classes are {', '.join(data.classes)}")
+    settings.augmentation.check_library()
 
 
 def steps_of(settings: TrainSettings, images: int) -> tuple[int, int]:
@@ -141,6 +150,7 @@ class _Trainer:
         self.guard = Guard.of(data, settings.patience)
         self.step = 0
         self.rollbacks = 0
+        self.losses: list[float] = [0.0, 0]  # sum and number of those of the epoch so far
         self.seconds = 0.0  # spent on steps
         self._since = time.monotonic()
         self.results: dict[str, float] = {}
@@ -178,6 +188,7 @@ class _Trainer:
         for batches in self._epoch(epoch):
             loss = self._train_step(batches)
             self.step += 1
+            self.losses = [self.losses[0] + loss, self.losses[1] + 1]
             bar.update()
             self._show(bar, loss)
             if self.step == self.steps:
@@ -187,7 +198,9 @@ class _Trainer:
                 self._save()
                 saved = time.monotonic()
         self._tick()
-        self._end_epoch(epoch + 1, loss)
+        total, count = self.losses
+        self.losses = [0.0, 0]
+        self._end_epoch(epoch + 1, total / count)
 
     def _tick(self) -> None:
         """Count the seconds since the last time; evaluations are not counted."""
@@ -209,7 +222,7 @@ class _Trainer:
         count = self.steps_an_epoch * settings.micro_batches
         batches = np.array_split(order[: count * settings.batch_size], count)
         batches = batches[(self.step - epoch * self.steps_an_epoch) * settings.micro_batches :]
-        streamed = split.batches(settings.batch_size, [self.workers.share(batch) for batch in batches])
+        streamed = split.at([self.workers.share(batch) for batch in batches])
         parts = (Batch(*part, len(whole)) for part, whole in zip(streamed, batches, strict=True))
         while group := list(islice(parts, settings.micro_batches)):
             yield group
@@ -266,13 +279,22 @@ class _Trainer:
             self._save()
             return
         found = self.workers.broadcast(examine(self._evaluated, self.data) if self.workers.is_first else None)
+        watched = self.strategy.step(self.step - 1).watched
+        spoilt = [name for name in watched if not math.isfinite(found[f"{name}_gradient_norm"])]
+        if spoilt:
+            raise _Collapse(f"the gradient of the {' and the '.join(spoilt)} subnet is not finite")
+        found = {name: value if math.isfinite(value) else None for name, value in found.items()}
         spent = {"macs": float(self.runner.macs), "seconds": round(self.seconds, 2), "rollbacks": float(self.rollbacks)}
         self.results = {"loss": loss, **found, **spent}
         self._record({"step": self.step, "epoch": epoch, **self.results})
-        watched = self.strategy.step(self.step - 1).watched
         collapse = self.guard.collapse(found, watched)
         if collapse:
             raise _Collapse(collapse)
+        if self.guard.stuck and self.workers.is_first:
+            log.warning(
+                "the %s subnet has never been better than guessing: train longer, or try another train.learning_rate",
+                " and the ".join(self.guard.stuck),
+            )
         self._save(good=self.guard.healthy)
 
     @property
@@ -357,12 +379,11 @@ class _Trainer:
             "arithmetic": self.runner.arithmetic,
             "results": self.results,
             "settings": asdict(self.settings),
-            "seed": self.seed,
-            "data": self.data.key,
-            "space": self.supernet.space.name,
+            **self._identity(),
             "rollbacks": self.rollbacks,
             "macs": self.runner.macs,
             "seconds": self.seconds,
+            "losses": self.losses,
             "guard": self.guard.state(),
             "averaged": int(self.average.n_averaged) if self.average is not None else 0,
             "lowest_variance": lowest if math.isfinite(lowest) else None,
@@ -391,6 +412,7 @@ class _Trainer:
         lowest = state["lowest_variance"]
         self.runner.lowest_variance = math.inf if lowest is None else float(lowest)
         self.seconds, self.results = float(state["seconds"]), dict(state["results"])
+        self.losses = list(state["losses"])
         self.guard.restore(state["guard"])
 
     def _restore(self) -> None:
@@ -412,14 +434,32 @@ class _Trainer:
         if found is None:
             return None
         tensors, state = found
-        expected = {"space": self.supernet.space.name, "data": self.data.key, "settings": asdict(self.settings)}
-        changed = [name for name, value in expected.items() if state[name] != value]
-        if changed or state["seed"] != self.seed:
+        wanted = self._identity()
+        changed = [
+            f"{name} ({state.get(name)!r} then, {value!r} now)"
+            for name, value in wanted.items()
+            if state.get(name) != value
+        ]
+        held = cast(dict[str, object], state["settings"])
+        now = asdict(self.settings)
+        changed += [
+            f"{name} ({held.get(name)!r} then, {now[name]!r} now)" for name in now if held.get(name) != now[name]
+        ]
+        if changed:
             raise ValueError(
-                f"{self.folder} was trained with another {', '.join(changed) or 'seed'}; "
+                f"{self.folder} was trained with another {', '.join(changed)}; "
                 "use another run directory, or delete its supernet folder"
             )
         return tensors, state
+
+    def _identity(self) -> dict[str, object]:
+        """What a checkpoint must be of, beside the settings, for this training to go on from it."""
+        return {
+            "space": self.supernet.space.name,
+            "data": self.data.key,
+            "seed": self.seed,
+            "strategy": type(self.strategy).__qualname__,
+        }
 
 
 def load_weights(supernet: Supernet, tensors: Tensors) -> None:

@@ -25,12 +25,14 @@ class TrainSettings(StrategySettings):
         (arXiv 1710.09412, 1905.04899). 0 leaves each out.
     class_weights: by class name, above 1 where a false negative of the class costs more; others count 1.
     bias_loss: weight images by the variance of their features (arXiv 2107.11170).
-    drop_path: probability, at the end of training, that a residual branch is dropped (arXiv 1707.07012).
+    drop_path: probability, at the end of training, that a residual branch is dropped (arXiv 1707.07012); not in the
+        passes that a teacher's logits guide, whose networks underfit already.
     gradient_noise: eta of noise with variance eta / (1 + step)^0.55 (arXiv 1511.06807).
     average: decay of an exponential moving average of the weights, which is what is evaluated and kept; 0 for none.
     kernel_transforms: smaller kernels are learned transformations of larger ones (arXiv 1908.09791).
     checkpoint_segments: activations are kept at the ends of this many segments of the network, and recomputed.
-    compile: whether torch.compile compiles the networks that are trained, up to `COMPILED` of them.
+    compile: whether torch.compile compiles the largest and the smallest network, which most strategies train at every
+        step; not together with bias_loss, drop_path or checkpoint_segments.
     evaluate_every: epochs between evaluations of the smallest, the middle and the largest subnet.
     patience: evaluations in a row at chance, of a subnet that was better, that count as a collapse.
     """
@@ -78,6 +80,9 @@ class TrainSettings(StrategySettings):
         weights = self.class_weights.values()
         valid = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < float("inf") for w in weights)
         self._check("class_weights", valid, "a number more than 0 for each class named")
+        together = [name for name in ("bias_loss", "drop_path") if getattr(self, name)]
+        together += ["checkpoint_segments"] if self.checkpoint_segments > 1 else []
+        self._check("compile", not (self.compile and together), f"false together with {' and '.join(together)}")
         _ = self.augmentation  # which refuses what it cannot do
 
     def _known(self, name: str, known: tuple[str, ...]) -> None:

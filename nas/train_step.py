@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from nas.augmentation import augment
 from nas.data import Data
 from nas.distributed import Workers
 from nas.interpreter import Tap
-from nas.losses import DISTILLATIONS, bias_weights, label_loss
+from nas.losses import DISTILLATIONS, bias_weights, counts, label_loss
 from nas.regularize import DropPath, FeatureTap, Taps, add_gradient_noise, drop_path_rate_at
 from nas.strategies import FROZEN, LARGEST, Pass, Step
 from nas.supernet import Subnet, Supernet
@@ -26,8 +26,6 @@ from nas.train_settings import ARITHMETICS, TrainSettings
 from search_spaces import Architecture
 
 log = logging.getLogger(__name__)
-
-COMPILED = 8  # networks that torch.compile compiles: each takes seconds, and a supernet has thousands
 
 
 class Batch(NamedTuple):
@@ -46,6 +44,7 @@ class _MicroBatch:
     targets: Tensor
     size: int  # over all workers
     scale: float  # of this worker's loss: gradients are averaged over workers as if their shares were of one size
+    label_scale: float  # the same for the loss on labels, whose images may count differently
     images: dict[int, Tensor]  # network inputs by resolution
     largest_logits: Tensor | None = None
     frozen_logits: Tensor | None = None
@@ -72,9 +71,6 @@ class StepRunner:
         self._distil = DISTILLATIONS[settings.distillation]
         if settings.compile and workers.count > 1:
             raise ValueError(f"train.compile with {workers.count} processes: expected one process, or compile: false")
-        unknown = sorted(set(settings.class_weights) - set(data.classes))
-        if unknown:
-            raise ValueError(f"train.class_weights names {unknown[0]!r}; the classes are {', '.join(data.classes)}")
         weights = [settings.class_weights.get(name, 1.0) for name in data.classes]
         self._class_weights = torch.tensor(weights, device=workers.device) if settings.class_weights else None
 
@@ -93,7 +89,6 @@ class StepRunner:
             part = parts[one.micro_batch]
             with self.workers.accumulating(self.model, last=index == len(step.passes) - 1):
                 loss = one.weight * self._loss(one, part, number, steps, generator)
-                loss = loss * part.scale
                 loss.backward()
             total += loss.detach()
         if self.settings.gradient_noise:
@@ -104,15 +99,17 @@ class StepRunner:
     def _generator(self, number: int, attempt: int, purpose: int, rank: int = 0) -> torch.Generator:
         """Of one step; another one after a collapse, so that what made it does not come again."""
         key = [self.seed, purpose, number, attempt, rank]
-        while key[-1] == 0 and len(key) > 3:
-            key.pop()
         return torch.Generator().manual_seed(int(np.random.default_rng(key).integers(2**62)))
 
     def _augmented(self, batch: Batch, generator: torch.Generator) -> _MicroBatch:
         pixels, labels = (tensor.to(self.workers.device, non_blocking=True) for tensor in batch[:2])
         pixels, targets = augment(pixels, labels, self.settings.augmentation, len(self.data.classes), generator)
         scale = self.workers.factor(len(labels), batch.size)
-        return _MicroBatch(pixels, targets, batch.size, scale, {})
+        label_scale = scale
+        if self._class_weights is not None:
+            counted = counts(targets, self._class_weights).sum()
+            label_scale = float(counted / self.workers.mean(counted))
+        return _MicroBatch(pixels, targets, batch.size, scale, label_scale, {})
 
     def _images(self, part: _MicroBatch, resolution: int) -> Tensor:
         if resolution not in part.images:
@@ -130,7 +127,7 @@ class StepRunner:
 
     def _loss(self, one: Pass, part: _MicroBatch, number: int, steps: int, generator: torch.Generator) -> Tensor:
         architecture = self._chosen(one, part)
-        features = FeatureTap(self.supernet.network(architecture)) if self.settings.bias_loss else None
+        features = FeatureTap(self.supernet.network(architecture)) if self.settings.bias_loss and one.labels else None
         logits = self._logits(architecture, part, self._tap(one, architecture, features, number, steps, generator))
         self.macs += 3 * self.supernet.network(architecture).macs * part.size
         image_weights = None
@@ -146,7 +143,7 @@ class StepRunner:
     def _loss_of(self, logits: Tensor, one: Pass, part: _MicroBatch, image_weights: Tensor | None = None) -> Tensor:
         loss = logits.new_zeros(())
         if one.labels:
-            loss = one.labels * label_loss(
+            loss = (one.labels * part.label_scale) * label_loss(
                 logits,
                 part.targets,
                 smoothing=self.settings.label_smoothing,
@@ -154,23 +151,22 @@ class StepRunner:
                 image_weights=image_weights,
             )
         if one.teacher:
-            loss = loss + self._distil(logits, self._teacher_logits(one.teacher, part), self.settings.temperature)
+            taught = self._distil(logits, self._teacher_logits(one.teacher, part), self.settings.temperature)
+            loss = loss + part.scale * taught
         return loss
 
     def _logits(self, architecture: Architecture, part: _MicroBatch, tap: Tap | None = None) -> Tensor:
         x = self._images(part, self.supernet.network(architecture).input_shape[1])
         with self._autocast():
-            if tap is None and self.settings.compile and self.settings.checkpoint_segments == 1:
+            if self.settings.compile and architecture in (self.supernet.space.largest, self.supernet.space.smallest):
                 return self._compile(architecture)(x).float()
             segments = self.settings.checkpoint_segments
             return self.model(x, architecture, tap=tap, segments=segments).float()
 
     def _compile(self, architecture: Architecture) -> torch.nn.Module:
-        """The network of an architecture, compiled; as it is when enough others are compiled already."""
+        """The network of an architecture, compiled when it is first trained."""
         if architecture not in self._compiled:
             bound = _Bound(self.model, architecture)
-            if len(self._compiled) >= COMPILED:
-                return bound
             self._compiled[architecture] = torch.compile(bound, dynamic=False)  # type: ignore[assignment]
         return self._compiled[architecture]
 
@@ -235,7 +231,8 @@ class _Bound(torch.nn.Module):
 def fastest_arithmetic(runner: StepRunner, step: Step, batch: Batch) -> str:
     """Time forward and backward of a few networks in each arithmetic; fp32 unless another is 10 % faster."""
     alone = runner.workers.alone()
-    trial = StepRunner(copy.deepcopy(runner.supernet), runner.data, runner.settings, runner.seed, alone)
+    eager = replace(runner.settings, compile=False)  # compiling each arithmetic would take minutes
+    trial = StepRunner(copy.deepcopy(runner.supernet), runner.data, eager, runner.seed, alone)
     batch = batch._replace(size=len(batch.labels))
     architectures = list(dict.fromkeys(one.candidates[0] for one in step.passes))
     passes = tuple(Pass((architecture,)) for architecture in architectures)

@@ -32,7 +32,8 @@ import yaml
 from common import about, finish, out_option
 
 CURVES = ("loss", "smallest", "largest")
-WAYS = {"one_process": 1, "two_processes": 2}
+# processes and threads of each: what two of each take the machine for, and what one process does with two threads
+WAYS = {"one_process": (1, 1), "two_processes": (2, 1), "one_process_two_threads": (1, 2)}
 BATCH = 64
 TEST_IMAGES = 500  # nothing here reads them, but a data set has some
 
@@ -80,11 +81,11 @@ def subset(path: Path, images: int, out: Path) -> str:
     return str(out)
 
 
-def run(recipe: Path, folder: Path, processes: int, seed: int) -> list[dict[str, float]]:
+def run(recipe: Path, folder: Path, processes: int, threads: int, seed: int) -> list[dict[str, float]]:
     """The entries of metrics.jsonl of one training; raises RuntimeError with the end of what a failed one said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "nas", "train", str(recipe), "--out", str(folder), "--set", f"seed={seed}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"training with {processes} processes failed:\n{done.stderr[-2000:]}")
@@ -117,8 +118,8 @@ def main(arguments: Sequence[str]) -> int:
         content = experiment(data, parsed.epochs)
         recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
         for seed in range(parsed.seeds):
-            for way, processes in WAYS.items():
-                entries = run(recipe, folder / f"{way}{seed}", processes, seed)
+            for way, (processes, threads) in WAYS.items():
+                entries = run(recipe, folder / f"{way}{seed}", processes, threads, seed)
                 runs[way].append(entries)
                 last = entries[-1]
                 print(f"seed {seed}, {way}: loss {last['loss']:.3f} in {last['seconds']:.1f} s", file=sys.stderr)
@@ -132,7 +133,9 @@ def main(arguments: Sequence[str]) -> int:
         "same_seed_difference": differences(list(zip(one, two, strict=True))),
         "seed_to_seed_difference": differences(list(combinations(one, 2))),
         "images_per_s": {way: round(rate, 1) for way, rate in rates.items()},
-        "speedup": round(rates["two_processes"] / rates["one_process"], 3),
+        "two_processes_over": {
+            way: round(rates["two_processes"] / rates[way], 3) for way in WAYS if way != "two_processes"
+        },
         "curves": {
             way: [{curve: [entry[curve] for entry in entries] for curve in CURVES} for entries in found]
             for way, found in runs.items()

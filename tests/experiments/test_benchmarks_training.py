@@ -109,8 +109,9 @@ def test_craft_trains_and_evaluates_an_arm(load: Load, data: Data, tmp_path: Pat
     craft = load("craft")
     networks = [SPACE.smallest, SPACE.largest]
     items = craft.planned(["base", "class_weights", "sandwich_kl"], [0], 2, 1, 0.05)
+    assert [(item["arm"], item["seed"]) for item in items][2:] == [("sandwich_kl", 0), ("sandwich_kl", 1)]
     lines = [
-        {"item": item, **craft.work(item, data, tmp_path / item["arm"], space=SPACE, networks=networks)}
+        {"item": item, **craft.work(item, data, tmp_path / f"{item['arm']}{item['seed']}", space=SPACE, networks=networks)}
         for item in items
     ]
     for line in lines:
@@ -131,7 +132,9 @@ def test_every_arm_changes_what_it_is_called(load: Load) -> None:
     base = settings["base"]
     assert base == replace(craft.RECIPE, steps=3000, learning_rate=0.2)
     assert settings["class_weights"] == replace(base, class_weights={"d": 4.0})
-    assert settings["adamw"] == replace(base, optimizer="adamw", learning_rate=0.002, weight_decay=0.05)
+    assert settings["adamw_0.003"] == replace(base, optimizer="adamw", learning_rate=0.003, weight_decay=0.05)
+    assert settings["bias_loss_twice_the_rate"] == replace(base, bias_loss=True, learning_rate=0.4)
+    assert settings["fifth_of_steps_coreset"].steps == 600 and settings["fifth_coreset"].steps == 3000
     assert settings["sandwich_kl"] == replace(base, strategy="sandwich", distillation="kl", steps=800)
     for arm, found in settings.items():
         changes = found != base or craft.ARMS[arm].data

@@ -130,9 +130,9 @@ def test_examining_measures_gradients_and_accuracies_and_changes_nothing(kind: s
     assert all(p.grad is None for p in supernet.parameters()) or kind == "elastic"
     split = DATA["calibration"]
     order = np.random.default_rng(0).permutation(len(split))[:64]
-    pixels, labels = next(split.batches(64, [order]))
+    pixels, labels = next(split.at([order]))
     tested, answers = next(DATA["val_search"].batches(1000))
-    every = next(split.batches(64, [np.random.default_rng(0).permutation(len(split))]))[0]
+    every = next(split.at([np.random.default_rng(0).permutation(len(split))]))[0]
     for name, architecture in sizes_of(supernet.space).items():
         plain = Supernet(supernet.space, seed=3)
         plain.load_state_dict(supernet.state_dict())
@@ -409,3 +409,33 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, monkeypatch:
     assert [line["step"] // EPOCH for line in lines] == [1, 1, 2, 3, 4]
     assert "is not finite" in lines[1]["reason"]
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+def test_a_network_that_never_learns_is_told() -> None:
+    guard = Guard(0.1, 1000, patience=2)
+    seen = {"smallest": 0.1, "largest": 0.5}
+    assert not guard.collapse(seen, ("largest",)) and guard.stuck == []
+    for expected in ([], ["smallest"], ["smallest"]):
+        assert not guard.collapse(seen, ("smallest", "largest"))
+        assert guard.stuck == expected
+    again = Guard(0.1, 1000, patience=2)
+    again.restore(json.loads(json.dumps(guard.state())))
+    assert again.stuck == ["smallest"]
+    guard.collapse({"smallest": 0.3, "largest": 0.5}, ("smallest", "largest"))
+    assert guard.stuck == []
+
+
+def test_a_gradient_that_is_not_finite_is_a_collapse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, calls = module.examine, []
+
+    def spoilt(*arguments: Any) -> dict[str, float]:
+        calls.append(1)
+        return real(*arguments) | ({"middle_gradient_norm": math.inf} if len(calls) == 2 else {})
+
+    monkeypatch.setattr(module, "examine", spoilt)
+    results = train(Supernet(SPACE, seed=5), DATA, folder=tmp_path, settings=SETTINGS)
+    assert results["rollbacks"] == 1 and "the gradient of the middle subnet is not finite at step" in caplog.text
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

@@ -23,7 +23,7 @@ from nas.data import Data, Split, load_data
 from nas.distributed import Workers
 from nas.evaluate import accuracy, calibration_images, recalibrate
 from nas.quantize import quantize
-from nas.strategies import STRATEGIES, Pass, Step
+from nas.strategies import STRATEGIES, Pass, Step, Uniform
 from nas.supernet import Supernet
 from nas.train import load_weights, train
 from nas.train_settings import ARITHMETICS, TrainSettings
@@ -383,21 +383,29 @@ def test_a_finished_training_is_not_repeated(data: Data, tmp_path: Path, monkeyp
     assert_equal(again, whole)
 
 
-@pytest.mark.parametrize("changed", ["settings", "seed", "data", "space"])
+@pytest.mark.parametrize("changed", ["learning_rate", "seed", "data", "space", "strategy"])
 def test_another_training_in_the_folder_is_refused(data: Data, tmp_path: Path, changed: str) -> None:
     settings = replace(QUICK, epochs=1)
     run(data, tmp_path, settings)
     space, seed = SPACE, 0
-    if changed == "settings":
+    strategy = None
+    if changed == "learning_rate":
         settings = replace(settings, learning_rate=0.2)
+    elif changed == "strategy":
+        strategy = Uniform(SPACE, seed, 9, settings)
     elif changed == "seed":
         seed = 1
     elif changed == "data":
         data = replace(data, key="another")
     else:
         space = MobileNet(resolutions=(8,), channels=1, classes=4)
-    with pytest.raises(ValueError, match=f"was trained with another {changed}; use another run directory"):
-        train(Supernet(space), data, seed=seed, folder=tmp_path, settings=settings)
+    with pytest.raises(ValueError, match=rf"trained with another {changed} \(.* then, .* now\); use another run"):
+        train(Supernet(space), data, seed=seed, folder=tmp_path, settings=settings, strategy=strategy)
+
+
+def test_what_would_fail_later_is_refused_at_once(data: Data) -> None:
+    with pytest.raises(ValueError, match=r"train\.class_weights names 'cat'; the classes are 0, 1, 2, 3"):
+        train(Supernet(SPACE), data, class_weights={"0": 2.0, "cat": 1.0})
 
 
 # determinism ---------------------------------------------------------------------------------------------

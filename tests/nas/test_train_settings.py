@@ -18,7 +18,7 @@ from nas.train_settings import TrainSettings
         ("learning_rate", math.nan), ("weight_decay", -0.1), ("crop_padding", -1), ("momentum", 1.0),
         ("momentum", -0.1), ("label_smoothing", 1.0), ("warmup", 1.5), ("warmup", -0.1), ("warmup", math.nan),
         ("evaluate_every", 0), ("patience", 0), ("architectures", 1), ("architectures", 161), ("sampled", -1),
-        ("delay", 1.0), ("delay", -0.1), ("ramp", 0.6), ("ramp", -0.1), ("attend", "all"), ("strategy", "none"),
+        ("delay", 1.0), ("delay", -0.1), ("attend", "all"), ("strategy", "none"),
         ("optimizer", "lion"), ("arithmetic", "fp8"), ("distillation", "none"), ("temperature", 0.0),
         ("drop_path", 1.0), ("drop_path", -0.1), ("gradient_noise", -1.0), ("average", 1.0), ("average", -0.5),
         ("checkpoint_segments", 0), ("erasing", 1.5), ("mixup", -1.0), ("cutmix", math.inf),
@@ -29,6 +29,18 @@ from nas.train_settings import TrainSettings
 def test_bad_settings(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"train\.{option} = .*; expected"):
         TrainSettings(**{option: value})
+
+
+def test_the_ramp_ends_with_the_delay() -> None:
+    with pytest.raises(ValueError, match=r"train\.ramp = 0\.6; expected a share of the steps, from 0 to train\.delay"):
+        TrainSettings(strategy="delayed", ramp=0.6)
+    assert TrainSettings(delay=0.0).ramp == 0.02  # which nothing reads
+
+
+@pytest.mark.parametrize("other", [{"bias_loss": True}, {"drop_path": 0.1}, {"checkpoint_segments": 2}])
+def test_what_cannot_be_compiled(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"train\.compile = True; expected false together with {next(iter(other))}"):
+        TrainSettings(compile=True, **other)
 
 
 @pytest.mark.parametrize(
