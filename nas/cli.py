@@ -118,6 +118,12 @@ def _train(parsed: argparse.Namespace) -> None:
     from nas.pipeline import Run
 
     if (Path(parsed.run) / "experiment.yaml").is_file():
+        given = "--set" if parsed.set else "--out" if parsed.out else ""
+        if given:
+            raise ValueError(
+                f"{parsed.run} is a run, which keeps its experiment and its place: {given} cannot change them; "
+                f"for a new run, name the experiment: nas train EXPERIMENT {given} ..."
+            )
         run = Run.open(Path(parsed.run))
     else:
         experiment = load_experiment(parsed.run, parsed.set)
@@ -189,13 +195,16 @@ def _export(parsed: argparse.Namespace) -> None:
 
 def _trust(parsed: argparse.Namespace) -> None:
     from nas.pipeline import Run
+    from nas.plot import check_picture
 
+    if parsed.plot:
+        check_picture(parsed.plot)
     run = Run.open(parsed.run)
     report = run.trust(parsed.networks)
+    print(json.dumps(report.to_dict(), indent=1) if parsed.format == "json" else report)
     picture = parsed.plot or run.folder / "trust.png"
     report.plot(picture)
     print(f"picture: {picture}", file=sys.stderr)
-    print(json.dumps(report.to_dict(), indent=1) if parsed.format == "json" else report)
 
 
 def _spaces(parsed: argparse.Namespace) -> None:
@@ -215,13 +224,14 @@ def _spaces(parsed: argparse.Namespace) -> None:
 
 def _list_spaces(parsed: argparse.Namespace, settings: Mapping[str, object]) -> None:
     from search_spaces import FAMILIES, build_space
+    from search_spaces.space import size_text
 
     by_default = "" if settings else " by default"
     for name in [parsed.name] if parsed.name else FAMILIES:
         space = build_space(name, settings)
         small, large = (space.lower(a) for a in (space.smallest, space.largest))
         print(
-            f"{name}: {len(space.choices)} choices, {space.size:.3g} architectures, "
+            f"{name}: {len(space.choices)} choices, {size_text(space.size)} architectures, "
             f"{small.macs / 1e6:.3g} to {large.macs / 1e6:.3g} MMACs{by_default}"
         )
         if parsed.name:
@@ -254,7 +264,8 @@ def _space_settings(parsed: argparse.Namespace) -> dict[str, object]:
 def _fit_spaces(parsed: argparse.Namespace, settings: Mapping[str, object]) -> None:
     from hardware_profiles import load_device
     from nas.costs import ProfiledDevice
-    from nas.scaling import check_picture, fit_device, plot_candidates
+    from nas.plot import check_picture, plot_candidates
+    from nas.scaling import fit_device
 
     if parsed.plot:
         check_picture(parsed.plot)
@@ -433,9 +444,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run = verb("run", _run, "Do every stage of an experiment; started again, it goes on where it was stopped.")
     run.add_argument("experiment", help="a YAML file, or the name of a shipped recipe such as quickstart")
-    train = verb("train", _train, "Train the supernet of a run, or of an experiment.")
+    train = verb("train", _train, "Train the supernet of a run or experiment; it goes on from the last checkpoint.")
     train.add_argument("run", metavar="RUN|EXPERIMENT")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint (it always does)")
     for made in (run, train):
         made.add_argument("--out", type=Path, help="run directory; runs/NAME by default")
         made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.epochs=10")

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from nas.coreset import check
+from nas import coreset as coresets
 from nas.costs import Limit, Objective, check_confidence, check_objectives, parse_limit, parse_objective
 from nas.profile import FEWEST_SAMPLES
 from nas.search import SearchSettings
@@ -45,7 +45,7 @@ class DataSettings:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        check(self.train_share, self.coreset)
+        coresets.check(self.train_share, self.coreset)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-CORESETS = ("random", "quantization")
+CORESETS = ("random", "dataset_quantization")
 THUMBNAIL_SIDE = 8
 LARGEST_FEATURES = 64
 _GRID = 256.0
@@ -30,9 +30,6 @@ def select(
     features: np.ndarray, labels: np.ndarray, share: float, rng: np.random.Generator, bins: int = 10
 ) -> np.ndarray:
     """Sorted positions (int64) of `share` of the images of each class, at least one, drawn evenly from its bins.
-
-    Measured on CIFAR-10's pixel features: the chosen images lie no further apart than random ones, but their mean
-    squared distance from the centre is closer to that of the whole class.
 
     Args:
         features: (n, d); see `pixel_features`.
@@ -97,7 +94,8 @@ def pixel_features(images: Iterable[Tensor]) -> np.ndarray:
 
     Principal components of standardised pixels, averaged to at most 8x8; no network, trained or to be trained,
     is needed (the paper takes features of one that was pretrained). They are rounded to 1/256 of a pixel's
-    deviation: sums of their products are exact, so the same images are chosen whatever the machine's arithmetic.
+    deviation, so that last bits, in which machines differ, seldom change what is chosen; components of nearly equal
+    variance, which one machine may turn into each other and another not, still can.
     """
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler

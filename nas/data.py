@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nas.coreset import THUMBNAIL_SIDE, check, pixel_features, select, select_randomly
+from nas import coreset as coresets
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -151,12 +151,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batches(
-        self, batch_size: int, positions: Sequence[np.ndarray] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images uint8, labels) in order, or at the given arrays of positions."""
-        if positions is None:
-            positions = np.array_split(np.arange(len(self)), max(1, -(-len(self) // batch_size)))
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images uint8, labels) of all images in order, in even batches of at most `batch_size`."""
+        return self.at(np.array_split(np.arange(len(self)), max(1, -(-len(self) // batch_size))))
+
+    def at(self, positions: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images uint8, labels) of the images at each array of positions in this split."""
         streamed = self.images.stream([self.indices[batch] for batch in positions])
         for batch, pixels in zip(positions, streamed, strict=True):
             yield pixels, self.labels[torch.from_numpy(batch)]
@@ -209,7 +209,7 @@ class _Sizes:
 
     def __post_init__(self) -> None:
         try:
-            check(self.train_share, self.coreset)
+            coresets.check(self.train_share, self.coreset)
         except ValueError as error:
             raise BadData(str(error)) from None
 
@@ -239,11 +239,12 @@ def load_data(
         source: `digits` (scikit-learn's, 8x8 grey); an .npz with x_train, y_train and, if it has them, x_test,
             y_test, classes; or a folder with one folder of images a class, or train/ and test/ of such folders.
         val_search, val_front: images taken out of the training set; a share below 1, or a number.
-        calibration: training images whose activations set norm statistics and quantization ranges.
+        calibration: training images whose activations set norm statistics and quantization ranges; 2 or more, since
+            one image has no variance.
         test: share of the images held out for testing where the source has no test set.
         train_share: share of the training images, of each class, that are left once the other splits are taken, to
             keep: a proxy that is cheaper to train on.
-        coreset: how those are chosen: `random`, or `quantization`, in every bin from typical to
+        coreset: how those are chosen: `random`, or `dataset_quantization`, in every bin from typical to
             unusual images alike; see `nas.coreset`.
         side: side to which the images of a folder are resized when read; by default that of the first, at most 224.
         workers: processes that decode the images of a folder; 0 decodes them in this one.
@@ -447,11 +448,11 @@ def _assemble(
     classes = tuple(classes) if classes is not None else tuple(str(i) for i in range(count))
     rng = np.random.default_rng(seed)
     if not len(tests):
-        tests, rest = _draw(rest, labels, sizes.test, rng)
-    val_search, rest = _draw(rest, labels, sizes.val_search, rng)
-    val_front, rest = _draw(rest, labels, sizes.val_front, rng)
-    if sizes.calibration < 1:
-        raise BadData(f"calibration = {sizes.calibration}; expected a number of images, 1 or more")
+        tests, rest = _draw("test", rest, labels, sizes, rng)
+    val_search, rest = _draw("val_search", rest, labels, sizes, rng)
+    val_front, rest = _draw("val_front", rest, labels, sizes, rng)
+    if sizes.calibration < 2:
+        raise BadData(f"calibration = {sizes.calibration}; expected a number of images, 2 or more")
     if sizes.train_share < 1:
         rest = rest[_coreset(images, rest, labels[rest], sizes, rng)]
     calibration = np.sort(rng.permutation(rest)[: int(sizes.calibration)])
@@ -476,20 +477,22 @@ def _coreset(
 ) -> np.ndarray:
     """Sorted positions in `indices` of the share of the training images that is kept."""
     if sizes.coreset == "random":
-        return select_randomly(labels, sizes.train_share, rng)
+        return coresets.select_randomly(labels, sizes.train_share, rng)
     if isinstance(images, FolderImages):  # decoded small
-        images = FolderImages(images.paths, images.channels, min(images.side, THUMBNAIL_SIDE), images.workers)
-    features = pixel_features(images.stream(np.array_split(indices, -(-len(indices) // 256))))
-    return select(features, labels, sizes.train_share, rng)
+        images = FolderImages(images.paths, images.channels, min(images.side, coresets.THUMBNAIL_SIDE), images.workers)
+    features = coresets.pixel_features(images.stream(np.array_split(indices, -(-len(indices) // 256))))
+    return coresets.select(features, labels, sizes.train_share, rng)
 
 
 def _draw(
-    indices: np.ndarray, labels: np.ndarray, size: int | float, rng: np.random.Generator
+    split: str, indices: np.ndarray, labels: np.ndarray, sizes: _Sizes, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(drawn, left): about `size` (a share below 1, or a number), the same share of each class."""
+    """(drawn, left): about the split's size (a share below 1, or a number), the same share of each class."""
+    size: int | float = getattr(sizes, split)
     share = float(size) if size < 1 else size / len(indices)
     if not 0 < share < 1:
-        raise BadData(f"cannot take {size} of {len(indices)} images; expected a share between 0 and 1 or fewer images")
+        expected = f"a share between 0 and 1, or a number below {len(indices)}"
+        raise BadData(f"{split} = {size}: cannot take so many of {len(indices)} images; expected {expected}")
     drawn = []
     for label in np.unique(labels[indices]):
         members = rng.permutation(indices[labels[indices] == label])
@@ -504,7 +507,7 @@ def _pixel_statistics(split: Split, rng: np.random.Generator) -> tuple[tuple[flo
     sample = np.sort(rng.permutation(len(split))[:2000])
     total = square = torch.zeros(1, dtype=torch.float64)
     pixels_seen = 0
-    for pixels, _ in split.batches(250, np.array_split(sample, max(1, len(sample) // 250))):
+    for pixels, _ in split.at(np.array_split(sample, max(1, len(sample) // 250))):
         scaled = pixels.double() / 255.0
         total = total + scaled.sum(dim=(0, 2, 3))
         square = square + scaled.square().sum(dim=(0, 2, 3))

@@ -47,7 +47,7 @@ def calibration_images(data: Data, subnet: Subnet, batch_size: int = 256) -> lis
     """The calibration split at the resolution of a subnet, in the order of `calibration_order`."""
     split = data["calibration"]
     positions = np.array_split(calibration_order(split), -(-len(split) // batch_size))
-    return [data.prepare(pixels, resolution_of(subnet)) for pixels, _ in split.batches(batch_size, positions)]
+    return [data.prepare(pixels, resolution_of(subnet)) for pixels, _ in split.at(positions)]
 
 
 def calibration_order(split: Split) -> np.ndarray:

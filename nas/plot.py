@@ -1,19 +1,22 @@
-"""Pictures of fronts, and of what inherited accuracies are worth."""
+"""Pictures of fronts, of what inherited accuracies are worth, and of spaces to choose from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hardware_profiles.files import replacing
-from nas.costs import FIGURES, Z_90, Figure, Objective
+from nas.costs import FIGURES, Objective
 from nas.front import Evaluation, ParetoFront
+from nas.ranking import noise_bound
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from nas.scaling import Candidate
     from nas.trust import TrustReport
 
 LABELS = {
@@ -27,6 +30,16 @@ LABELS = {
     "int8_macs_share": "MACs in int8 (%)",
 }
 SCALES = {"fraction": 100.0, "bytes": 1 / 1024, "macs": 1e-6, "params": 1e-3, "ms": 1.0}
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError unless matplotlib can write the format of the suffix; before the work, not after it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    known = sorted(FigureCanvasAgg(Canvas()).get_supported_filetypes())
+    if path.suffix and path.suffix.lstrip(".").lower() not in known:
+        raise ValueError(f"cannot draw {path}: expected one of the formats {', '.join(known)}")
 
 
 def _shown(objective: Objective, value: float) -> float:
@@ -106,7 +119,8 @@ ALONE, INHERITED, TAKEN_LARGEST, NOISE = "#2f6690", "#d1495b", "#e09f3e", "0.92"
 def plot_trust(report: TrustReport, path: Path) -> None:
     """Left: inherited against stand-alone accuracy. Right: both, and the regrets of two rules, over MACs.
 
-    Networks are numbered as in the printed table, by MACs; bars are 90 % intervals. The format is that of the suffix.
+    Networks are numbered as in the printed table, by MACs; bars are its standard errors. The format is that of the
+    suffix.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -133,24 +147,18 @@ def plot_trust(report: TrustReport, path: Path) -> None:
         figure.savefig(temporary, dpi=140, format=path.suffix.lstrip(".") or "png")
 
 
-def _lengths(report: TrustReport, name: str) -> np.ndarray:
-    """Of the error bars below and above the accuracies `inherited` or `alone` (2, n), in %: Wilson's interval."""
-    shares = [Figure.share(float(share), report.validation_images) for share in report.column(name)]
-    return 100 * np.array([[f.value - (f.low or 0.0) for f in shares], [(f.high or 0.0) - f.value for f in shares]])
-
-
 def _draw_agreement(axes: Axes, report: TrustReport) -> None:
     from matplotlib.ticker import MaxNLocator
 
     inherited, alone = (100 * report.column(name) for name in ("inherited", "alone"))
-    errors = [_lengths(report, name) for name in ("inherited", "alone")]
+    errors = [100 * report.error(name) for name in ("inherited", "alone")]
     few = len(alone) <= 12
     axes.errorbar(inherited, alone, yerr=errors[1], xerr=errors[0], fmt="none", ecolor="0.75", elinewidth=1, zorder=2)
     axes.scatter(inherited, alone, s=190 if few else 110, color=ALONE, edgecolor="white", linewidth=1, zorder=3)
     style = {"color": "white", "ha": "center", "va": "center_baseline", "weight": "bold", "fontsize": 8 if few else 6}
     for number, at in enumerate(zip(inherited, alone, strict=True), start=1):
         axes.annotate(str(number), at, **style)  # type: ignore[arg-type]
-    ends = [(np.min(v - e[0]), np.max(v + e[1])) for v, e in zip((inherited, alone), errors, strict=True)]
+    ends = [(np.min(v - e), np.max(v + e)) for v, e in zip((inherited, alone), errors, strict=True)]
     union = (min(low for low, _ in ends), max(high for _, high in ends))
     if all(3 * (high - low) > union[1] - union[0] for low, high in ends):
         ends = [union, union]  # unless that would leave most of the picture empty
@@ -167,7 +175,9 @@ def _draw_agreement(axes: Axes, report: TrustReport) -> None:
     found = report.kendall
     interval = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
     tau = "not defined" if found.value is None else f"{found.value:.2f}{interval}"
-    axes.set_title(f"{len(alone)} networks, numbered by MACs: Kendall tau {tau}", fontsize="medium", loc="left")
+    baseline = "" if report.kendall_macs.value is None else f"; of MACs {report.kendall_macs.value:.2f}"
+    title = f"{len(alone)} networks, numbered by MACs: Kendall tau {tau}{baseline}"
+    axes.set_title(title, fontsize="medium", loc="left")
 
 
 def _draw_over_macs(axes: Axes, report: TrustReport) -> None:
@@ -175,21 +185,25 @@ def _draw_over_macs(axes: Axes, report: TrustReport) -> None:
     style = {"markersize": 5, "linewidth": 1.2, "elinewidth": 0.8, "capsize": 2}
     lines = (("alone", ALONE, "o-", "trained alone"), ("inherited", INHERITED, "D-", "inherited from the supernet"))
     for name, colour, marks, said in lines:
-        values, error = 100 * report.column(name), _lengths(report, name)
+        values, error = 100 * report.column(name), 100 * report.error(name)
         axes.errorbar(mmacs, values, yerr=error, fmt=marks, color=colour, label=said, **style)  # type: ignore[arg-type]
-    tops = np.maximum(*(100 * report.column(name) + _lengths(report, name)[1] for name in ("alone", "inherited")))
+    tops = np.maximum(*(100 * (report.column(name) + report.error(name)) for name in ("alone", "inherited")))
     for number, at in enumerate(zip(mmacs, tops, strict=True), start=1):
         axes.annotate(str(number), at, (0, 4), textcoords="offset points", ha="center", fontsize=8)
     axes.margins(y=0.12)
     axes.set_ylabel("accuracy (%)")
     axes.legend(loc="lower right", fontsize="small", frameon=False)
     trained = f"each trained alone for {report.steps:,} steps of {report.images_a_step} images"
-    axes.set_title(f"{trained}; bars are 90 % intervals", fontsize="medium", loc="left")
+    axes.set_title(f"{trained}; bars are standard errors", fontsize="medium", loc="left")
 
 
 def _draw_regrets(axes: Axes, report: TrustReport) -> None:
-    floor = 100 * Z_90 * report.noise_floor
-    axes.axhspan(0, floor, color=NOISE, label=f"typical noise: {floor:.2f}", zorder=0)
+    within = report.picks["largest"]  # of the networks within a budget, the best is better by noise alone
+    mmacs = [pick.budget_macs / 1e6 for pick in within]
+    noise = [100 * noise_bound(pick.comparisons) * report.noise_floor for pick in within]
+    axes.fill_between(
+        mmacs, noise, step="post", color=NOISE, label=f"noise: up to {noise[-1]:.2f}", zorder=0, linewidth=0
+    )
     rules = (
         ("largest", TAKEN_LARGEST, "s", 7, "taking the largest"),
         ("inherited", INHERITED, "D", 4, "picking by inherited"),
@@ -204,7 +218,7 @@ def _draw_regrets(axes: Axes, report: TrustReport) -> None:
         marks.set_clip_on(False)
         marks.set_fillstyle("none" if rule == "largest" else "full")
     highest = max(float(np.max(100 * report.regrets(rule))) for rule in report.picks)
-    axes.set_ylim(0, 1.15 * max(highest, floor))
+    axes.set_ylim(0, 1.15 * max(highest, noise[-1]))
     axes.set_xlabel("MMACs of the network, or budget in MMACs")
     axes.set_ylabel("regret within\nbudget (pp)")
     axes.legend(
@@ -218,3 +232,26 @@ def _draw_regrets(axes: Axes, report: TrustReport) -> None:
         handletextpad=0.4,
         handlelength=1.4,
     )
+
+
+def plot_candidates(candidates: Sequence[Candidate], path: Path, *, most: int = 8) -> None:
+    """Cumulative distributions of the MACs of the networks that fit, of the first candidates.
+
+    Raises ValueError for a format that `check_picture` refuses.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(8, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for candidate in [candidate for candidate in candidates if candidate.macs][:most]:
+        label = f"resolution {candidate.resolution}, width {candidate.width:g}: {candidate.share:.0%} fit"
+        shares = np.arange(1, candidate.fitting + 1) / candidate.fitting
+        axes.step(np.array(candidate.macs) * 1e-6, shares, where="post", label=label)
+    axes.set_xlabel("MMACs of the networks that fit")
+    axes.set_ylabel("share of them with at most so many")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=140, format=path.suffix.lstrip(".") or "png")

@@ -110,7 +110,8 @@ class Evaluator:
         subnet = self.supernet.extract(architecture)
         device = next(subnet.parameters()).device
         images = [x.to(device) for x in calibration_images(self.data, subnet)]
-        images = list(torch.cat(images)[: self._calibration].split(128))
+        some = torch.cat(images)[: self._calibration]
+        images = list(some.tensor_split(-(-len(some) // 128)))  # even: a norm takes no batch of one image
         return quantize(recalibrate(subnet, images), images, self.weight_limit)
 
     def accuracy(self, architecture: Architecture, split: str) -> float:

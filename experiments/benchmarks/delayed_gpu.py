@@ -1,6 +1,6 @@
 """DepS's CIFAR-10 setting on a GPU: smallest and largest network of a once-for-all supernet, on the test images.
 
-    python experiments/benchmarks/delayed_gpu.py CIFAR10.npz [--epochs 200] [--strategy delayed] [--runs runs/delayed_gpu]
+    python experiments/benchmarks/delayed_gpu.py CIFAR10.npz [--epochs 200] [--strategy delayed]
 
 The recipe is experiments/cifar10_delayed_gpu.yaml; the published figures are those of Delayed eps-Shrinking
 (arXiv 2407.06167, read off its figure): smallest 94.26 %, largest 95.06 %; once-for-all 92.9 and 95.04; BigNAS 91.2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -283,6 +284,22 @@ def test_verbs_that_need_more_of_a_run_say_what(
     assert files(run_folder) == before
 
 
+@pytest.mark.parametrize("option", [("--set", "train.epochs=1"), ("--out", "elsewhere")])
+def test_training_a_run_takes_no_other_settings(
+    option: tuple[str, str], run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(tmp_path)
+    refused(
+        capsys,
+        BAD_INPUT,
+        f"is a run, which keeps its experiment and its place: {option[0]} cannot change them",
+        "train",
+        run_folder,
+        *option,
+    )
+    assert files(tmp_path) == before
+
+
 @pytest.mark.parametrize("verb", ["pareto", "search"])
 def test_a_folder_without_a_run_is_told(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, BAD_INPUT, "is no run directory: it has no experiment.yaml", verb, tmp_path)
@@ -295,7 +312,15 @@ def test_a_run_that_was_not_searched_has_no_front(run_folder: Path, capsys: pyte
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["pareto"], ["search", "x", "--trials", "0"], ["trust", "x", "--networks", "0"], ["export", "x"]],
+    [
+        [],
+        ["fly"],
+        ["pareto"],
+        ["search", "x", "--trials", "0"],
+        ["trust", "x", "--networks", "0"],
+        ["export", "x"],
+        ["train", "x", "--resume"],
+    ],
 )
 def test_bad_usage_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, *arguments)
@@ -414,6 +439,9 @@ def test_spaces_that_cannot_be_chosen(capsys: pytest.CaptureFixture[str]) -> Non
         (BAD_INPUT, "take a larger base", (*mobilenet, "--macs", "5G")),
         (BAD_INPUT, "does not say how to scale", ("spaces", "compact_transformer", "--macs", "1M")),
         (BAD_INPUT, "cannot draw x.zip", (*FIT, "--plot", "x.zip")),
+        (BAD_INPUT, "seed = -1; expected 0 or more", (*FIT, "--seed", -1)),
+        (BAD_INPUT, "restrict = {'stage1.depth': [2]}: expected none", (*FIT, "--set", "restrict={stage1.depth: [2]}")),
+        (BAD_INPUT, "resolutions = [64]: expected none", (*FIT, "--set", "resolutions=[64]")),
         (BAD_INPUT, "has no limit on SRAM or flash", (*mobilenet, "--fit", "host-cpu")),
         (INFEASIBLE, "the narrowest blocks", (*mobilenet, "--macs", 1000)),
     ):
@@ -431,6 +459,8 @@ def test_spaces_that_cannot_be_chosen(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_family_is_described_with_settings(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "spaces", "mobilenet", "--set", "restrict={stage1.depth: [2]}", "--channels", 1)
     assert code == DONE and "stage1.depth: 2\n" in out and "by default" not in out.splitlines()[0]
+    code, out, _ = call(capsys, "spaces", "mobilenet", "--set", "depths=[60]")
+    assert code == DONE and re.search(r" choices, [1-9]\.\d\de\+\d+ architectures, ", out.splitlines()[0])
 
 
 def test_a_limit_beyond_memory_is_shown_in_the_table() -> None:

@@ -149,16 +149,17 @@ def test_nothing_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"val_search": 0}, "cannot take 0 of"),
-        ({"val_search": -3}, "cannot take -3 of"),
-        ({"val_front": 1000}, "cannot take 1000 of"),
-        ({"test": float("nan")}, "cannot take nan of"),
-        ({"calibration": 0}, "calibration = 0; expected"),
+        ({"val_search": 0}, "val_search = 0: cannot take so many of 96 images; expected a share between 0 and 1, or a"),
+        ({"val_search": -3}, "val_search = -3: cannot take"),
+        ({"val_front": 1000}, "val_front = 1000: cannot take so many of 87 images; .* or a number below 87"),
+        ({"test": float("nan")}, "test = nan: cannot take so many of 120 images"),
+        ({"calibration": 0}, "calibration = 0; expected a number of images, 2 or more"),
+        ({"calibration": 1}, "calibration = 1; expected a number of images, 2 or more"),
         ({"calibration": -5}, "calibration = -5; expected"),
         ({"train_share": 0}, "train_share = 0; expected a share above 0, up to 1"),
         ({"train_share": 1.5}, r"train_share = 1\.5; expected"),
         ({"train_share": float("nan")}, "train_share = nan; expected"),
-        ({"coreset": "greedy"}, "coreset = 'greedy'; expected one of random, quantization"),
+        ({"coreset": "greedy"}, "coreset = 'greedy'; expected one of random, dataset_quantization"),
     ],
 )
 def test_bad_sizes(rng: np.random.Generator, sizes: dict[str, Any], message: str) -> None:
@@ -215,7 +216,7 @@ def test_a_class_of_one_image_stays_in_train(rng: np.random.Generator) -> None:
 
 def test_no_class_is_taken_out_of_train_whole(rng: np.random.Generator) -> None:
     labels = np.array([0] * 4 + [1] * 100)
-    data = from_arrays(rng.integers(0, 256, (104, 8, 8), dtype=np.uint8), labels, test=0.9, calibration=1)
+    data = from_arrays(rng.integers(0, 256, (104, 8, 8), dtype=np.uint8), labels, test=0.9, calibration=2)
     assert data["test"].labels.tolist().count(0) == 3
     assert data["train"].labels.tolist().count(0) == 1
 
@@ -310,30 +311,37 @@ def test_a_share_of_the_training_images_of_every_class(rng: np.random.Generator,
 
 def test_the_way_of_choosing_changes_the_key_and_the_whole_set_does_not(rng: np.random.Generator) -> None:
     held = arrays(rng)
-    chosen = [{"train_share": 0.5}, {"train_share": 0.5, "coreset": "quantization"}, {"train_share": 0.4}, {}]
+    chosen = [{"train_share": 0.5}, {"train_share": 0.5, "coreset": "dataset_quantization"}, {"train_share": 0.4}, {}]
     keys = [from_arrays(held["x_train"], held["y_train"], **how).key for how in chosen]
     assert len(set(keys)) == 4
-    assert from_arrays(held["x_train"], held["y_train"], coreset="quantization").key == keys[-1]
+    assert from_arrays(held["x_train"], held["y_train"], coreset="dataset_quantization").key == keys[-1]
 
 
 def test_a_class_of_one_image_stays_in_the_coreset(rng: np.random.Generator) -> None:
     labels = np.array([0] * 60 + [1])
     for coreset in CORESETS:
         x = rng.integers(0, 256, (61, 8, 8), dtype=np.uint8)
-        data = from_arrays(x, labels, train_share=0.1, coreset=coreset, calibration=1)
+        data = from_arrays(x, labels, train_share=0.1, coreset=coreset, calibration=2)
         assert 60 in indices(data, "train")
 
 
-def test_quantization_takes_rare_images_of_a_class_too(rng: np.random.Generator) -> None:
-    """One image in ten is of another kind: a tenth of the bins holds them, and all bins are drawn from alike."""
-    x = rng.integers(0, 60, (1000, 8, 8), dtype=np.uint8)
-    labels = np.arange(1000) % 2
-    rare = np.arange(1000) % 20 < 2
-    x[rare] += 190
-    x[rare] = rng.permutation(x[rare].reshape(-1)).reshape(x[rare].shape)
-    data = from_arrays(x, labels, train_share=0.1, coreset="quantization")
-    drawn, there = (rare[sorted(data_["train"].indices)].mean() for data_ in (data, from_arrays(x, labels)))
-    assert abs(drawn - there) < 0.03
+def test_dataset_quantization_keeps_the_share_of_unusual_images_where_random_draws_do_not(
+    rng: np.random.Generator,
+) -> None:
+    """A fifth of the images lies far out, so in the last bins, of each of which the same share is drawn."""
+    labels, unusual = np.arange(600) % 2, rng.random(600) < 0.2
+    contrast = np.where(unusual, 40, 8)[:, None, None]
+    x = (128 + contrast * rng.normal(size=(600, 8, 8))).clip(0, 255).astype(np.uint8)
+
+    def share(coreset: str, seed: int, train_share: float) -> float:
+        data = from_arrays(x, labels, test=0.1, seed=seed, train_share=train_share, coreset=coreset)
+        return float(unusual[data["train"].indices].mean())
+
+    spread = {
+        coreset: np.std([share(coreset, seed, 0.1) - share(coreset, seed, 1.0) for seed in range(40)])
+        for coreset in CORESETS
+    }
+    assert spread["dataset_quantization"] < 0.6 * spread["random"]  # 0.02 and 0.06
 
 
 # folders -------------------------------------------------------------------------------------------------
@@ -369,9 +377,9 @@ def test_a_folder_is_streamed_in_order(folder: Path, workers: int) -> None:
         assert [int(red >= 100) for red in reds(data, split)] == data[split].labels.tolist()
     picked = [np.array([15, 0]), np.array([5]), np.array([14, 14, 2])]  # of both classes
     train = reds(data, "train")
-    got = [[int(image[0, 0, 0]) for image in pixels] for pixels, _ in data["train"].batches(0, picked)]
+    got = [[int(image[0, 0, 0]) for image in pixels] for pixels, _ in data["train"].at(picked)]
     assert got == [[train[i] for i in batch] for batch in picked]
-    labels = [labels.tolist() for _, labels in data["train"].batches(0, picked)]
+    labels = [labels.tolist() for _, labels in data["train"].at(picked)]
     assert labels == [[int(train[i] >= 100) for i in batch] for batch in picked]
 
 
@@ -385,7 +393,7 @@ def test_only_the_images_asked_for_are_opened(folder: Path, monkeypatch: pytest.
         return real(path, *rest)
 
     monkeypatch.setattr(Image, "open", spy)
-    next(data["train"].batches(0, [np.array([0, 1, 2]), np.array([3])]))
+    next(data["train"].at([np.array([0, 1, 2]), np.array([3])]))
     assert len(opened) == 3
 
 
@@ -403,7 +411,7 @@ def test_a_coreset_of_a_folder_reads_each_training_image_once_and_small(
     settings: dict[str, Any] = {"workers": 0, "val_search": 4, "val_front": 4, "calibration": 4}
     whole = load_data(folder, **settings)
     seen.clear()
-    data = load_data(folder, train_share=0.5, coreset="quantization", **settings)
+    data = load_data(folder, train_share=0.5, coreset="dataset_quantization", **settings)
     assert seen[0] == (8, whole["train"].indices.tolist())
     assert [side for side, _ in seen[1:]] == [12]  # pixel statistics, of the images that are kept
     kept = np.bincount(data["train"].labels)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 
 from hardware_profiles import DeviceProfile, load_device
 from nas.costs import Infeasible, ProfiledDevice
-from nas.scaling import Candidate, check_picture, fit_device, plot_candidates, scale, tiny_multipliers
+from nas.plot import check_picture, plot_candidates
+from nas.scaling import Candidate, fit_device, scale, tiny_multipliers
 from search_spaces import CompactTransformer, MobileNet, NotScalable, build_space
 
 # TinyNet A to E as its README lists them: millions of MACs, input side, depth multiplier; EfficientNet-B0: 390, 224
@@ -32,6 +35,22 @@ def test_multipliers_rise_with_the_ratio_and_hold_beyond_the_tinynets() -> None:
     assert tiny_multipliers(1.0) == tiny_multipliers(339 / 390) == pytest.approx((192 / 224, 1.2))
     halfway = tiny_multipliers((52 * 100) ** 0.5 / 390)
     assert halfway == pytest.approx(((152 + 184) / 2 / 224, (0.695 + 0.85) / 2))
+
+
+@pytest.mark.parametrize(
+    ("mmacs", "side", "depth"),
+    [
+        # ln(35/24) / ln(52/24) = 0.377294 / 0.773190 = 0.487971: 106 + 46 * 0.487971, 0.6 + 0.095 * 0.487971
+        (35, 128.4467, 0.646357),
+        # ln(78/52) / ln(100/52) = 0.405465 / 0.653926 = 0.620047: 152 + 32 * 0.620047, 0.695 + 0.155 * 0.620047
+        (78, 171.8415, 0.791107),
+        # ln(195/100) / ln(202/100) = 0.667829 / 0.703098 = 0.949839: 184 + 4 * 0.949839, 0.85 + 0.25 * 0.949839
+        (195, 187.7994, 1.087460),
+    ],
+)
+def test_between_two_tinynets_by_hand(mmacs: int, side: float, depth: float) -> None:
+    resolution, blocks = tiny_multipliers(mmacs / 390)
+    assert resolution * 224 == pytest.approx(side, abs=1e-3) and blocks == pytest.approx(depth, abs=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, 1.0001, float("nan")])
@@ -65,6 +84,105 @@ def test_the_reached_macs_are_the_nearest_of_a_scan(name: str, ratio: float) -> 
         widths = [nearest_multiple(width * base_width, base) for base_width in listed(base, "widths")]
         other = build_space("mobilenet", {**scaled.space.settings, "widths": widths})
         assert abs(other.lower(other.largest).macs - target) >= off
+
+
+class EfficientNetB0(MobileNet):
+    """The blocks of EfficientNet-B0 (arXiv 1905.11946, table 1), without squeeze-excite; scaled as TinyNets are."""
+
+    BLOCKS, WIDTHS, KERNELS = (1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320), (3, 3, 5, 3, 5, 5, 3)
+
+    @classmethod
+    def scaled(
+        cls, settings: Mapping[str, object], *, resolution: float, depth: float, width: float
+    ) -> dict[str, object]:
+        restrict: dict[str, list[int]] = {}
+        blocks = [max(1, round(count * depth)) for count in cls.BLOCKS]
+        for stage, (count, kernel) in enumerate(zip(blocks, cls.KERNELS, strict=True), start=1):
+            restrict[f"stage{stage}.depth"] = [count]
+            for block in range(count):
+                restrict[f"stage{stage}.block{block}.kernel"] = [kernel]
+                restrict[f"stage{stage}.block{block}.expansion"] = [1 if stage == 1 else 6]
+        widths = [max(8, int(base * width / 8 + 0.5) * 8) for base in cls.WIDTHS]
+        widths = [w + 8 if w < 0.9 * base * width else w for w, base in zip(widths, cls.WIDTHS, strict=True)]
+        return {
+            "resolutions": [round(224 * resolution)], "classes": 1000, "widths": widths, "width_multipliers": [1],
+            "strides": [1, 2, 2, 2, 1, 2, 1], "stem_width": 32, "stem_stride": 2, "head_width": 1280,
+            "depths": list(range(1, max(blocks) + 1)), "kernels": [3, 5], "expansions": [1, 6],
+            "precisions": ["fp32"], "restrict": restrict,
+        }  # fmt: skip
+
+
+def test_widths_on_efficientnet_b0_are_those_of_the_released_tinynets() -> None:
+    settings: dict[str, Any] = EfficientNetB0.scaled({}, resolution=1, depth=1, width=1)
+    restrict = settings.pop("restrict")
+    base = EfficientNetB0(**settings).restricted(restrict)
+    assert base.lower(base.largest).macs == pytest.approx(390e6, rel=0.015)  # squeeze-excite has the rest
+    for (mmacs, side, _), width in zip(PUBLISHED, (1.0, 0.75, 0.54, 0.54, 0.51), strict=True):
+        scaled = scale(base, mmacs / 390 * base.lower(base.largest).macs)
+        assert scaled.width == pytest.approx(width, abs=0.035)
+        assert scaled.macs == pytest.approx(scaled.target_macs, rel=0.015)
+        assert scaled.space.settings["resolutions"] == [side]
+
+
+NARROW: dict[str, Any] = {  # 2 and 2.2 times 8 or 16 channels round to the same
+    "widths": (64, 96), "stem_width": 64, "width_multipliers": (1,), "depths": (1, 2), "expansions": (2, 2.2),
+}  # fmt: skip
+
+
+def legal_macs(base: MobileNet, settings: Mapping[str, object]) -> dict[int, int]:
+    """MACs of the largest network by the width of the first stage, for each width that makes a space."""
+    found = {}
+    first, *others = listed(base, "widths")
+    for width in range(8, 2 * first, 8):
+        widths = [width, *(nearest_multiple(other * width / first, base) for other in others)]
+        try:
+            space = build_space("mobilenet", {**settings, "widths": widths})
+        except ValueError:
+            continue
+        found[width] = space.lower(space.largest).macs
+    return found
+
+
+def test_widths_too_narrow_for_a_space_are_passed_over() -> None:
+    base = MobileNet(**NARROW)
+    macs = base.lower(base.largest).macs
+    with pytest.raises(ValueError, match="expected options that differ once 8 channels"):
+        build_space("mobilenet", MobileNet.scaled(base.settings, resolution=1, depth=1, width=1e-3))
+    scaled = scale(base, 0.5 * macs)
+    legal = legal_macs(base, scaled.space.settings)
+    assert min(legal) == 24 and scaled.macs in legal.values()
+    assert scaled.macs == pytest.approx(0.5 * macs, rel=0.05)
+    with pytest.raises(Infeasible, match="the narrowest blocks of mobilenet still make"):
+        scale(base, 0.2 * macs)
+
+
+def test_a_hole_among_the_widths_is_stepped_over() -> None:
+    """2.4 and 2.6 times 24 round to 56 and 64, times 32 both to 80, times 40 to 96 and 104."""
+    base = MobileNet(
+        widths=(80,), stem_width=24, width_multipliers=(1,), expansions=(2.4, 2.6), strides=(1,), head_width=8
+    )
+    macs = base.lower(base.largest).macs
+    reached = set()
+    for ratio in np.geomspace(0.02, 0.9, 40):
+        try:
+            scaled = scale(base, ratio * macs)
+        except Infeasible:
+            continue
+        legal = legal_macs(base, scaled.space.settings)
+        assert not {8, 16, 32} & legal.keys()
+        assert abs(scaled.macs - ratio * macs) == min(abs(made - ratio * macs) for made in legal.values())
+        reached.update(listed(scaled.space, "widths"))  # type: ignore[arg-type]
+    assert {24, 40, 48, 56} <= reached
+
+
+def test_settings_that_scaling_cannot_keep_are_refused() -> None:
+    base = MobileNet().restricted({"stage1.depth": [2]})
+    with pytest.raises(ValueError, match=r"restrict = {'stage1.depth': \[2\]}: expected none, where the space is sc"):
+        scale(base, 0.5 * base.lower(base.largest).macs)
+    with pytest.raises(ValueError, match=r"restrict = {'stage1.depth': \[2\]}: expected none"):
+        fit_device("mobilenet", {"restrict": {"stage1.depth": [2]}}, device(), **GRID)
+    with pytest.raises(ValueError, match=r"resolutions = \[32\]: expected none, where the input side is set to 24"):
+        fit_device("mobilenet", {"resolutions": [32]}, device(), **GRID)
 
 
 def listed(space: MobileNet, setting: str) -> list[Any]:
@@ -229,8 +347,24 @@ def test_grids_and_devices_that_make_no_choice() -> None:
             ranked(**changed)
     with pytest.raises(ValueError, match="host-cpu has no limit on SRAM or flash"):
         fit_device("mobilenet", {}, ProfiledDevice(load_device("host-cpu")))
-    with pytest.raises(ValueError, match="resolutions = 300: expected a number from 8 to 224"):
-        ranked(resolutions=(24, 300))
+    with pytest.raises(
+        ValueError, match=r"1 of 1 spaces cannot be built; .* resolutions = 300: expected a number from"
+    ):
+        ranked(resolutions=(300,), widths=(1.0,))
+    with pytest.raises(ValueError, match="seed = -1; expected 0 or more"):
+        ranked(seed=-1)
+
+
+def test_places_of_the_grid_without_a_space_are_counted_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    settings = {**SETTINGS, "widths": [32, 64], "stem_width": 32, "width_multipliers": [1], "expansions": [2, 2.2]}
+    with caplog.at_level(logging.WARNING):
+        candidates = fit_device("mobilenet", settings, device(), resolutions=(24, 48), widths=(0.5, 1), samples=3)
+    assert sorted((c.resolution, c.width) for c in candidates) == [(24, 1), (48, 1)]
+    (told,) = caplog.messages
+    assert told.startswith("left out: 2 of 4 spaces cannot be built; resolution 24, width 0.5: space mobilenet: expans")
+    caplog.clear()
+    ranked(samples=1)
+    assert not caplog.messages
 
 
 def test_the_picture(tmp_path: Path) -> None:
@@ -240,3 +374,6 @@ def test_the_picture(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot draw .*cdf\.zip: expected one of the formats"):
         check_picture(tmp_path / "cdf.zip")
     check_picture(tmp_path / "cdf")
+    check_picture(tmp_path / "cdf.PNG")
+    plot_candidates(candidates, tmp_path / "cdf.PNG")
+    assert (tmp_path / "cdf.PNG").read_bytes().startswith(b"\x89PNG")

@@ -17,7 +17,8 @@ import nas
 from hardware_profiles import load_device
 from nas.costs import Infeasible, ProfiledDevice, UnknownFigure, at_least, at_most, maximize, minimize
 from nas.search import Costs, Evaluator, devices_of, storage_url, study_name
-from search_spaces import Architecture, SearchSpace
+from nas.supernet import Supernet
+from search_spaces import Architecture, MobileNet, SearchSpace
 from tests.nas import tiny
 
 
@@ -393,6 +394,18 @@ def test_the_key_of_an_evaluator_knows_weights_data_and_calibration() -> None:
         Evaluator(tiny.supernet(), tiny.data(), calibration=32).key,
     ]
     assert keys[0] == keys[1] and len(set(keys)) == 4
+
+
+def test_a_calibration_that_leaves_one_image_over_is_split_evenly() -> None:
+    """A norm of a 1x1 map has no variance over a batch of one image."""
+    space = MobileNet(
+        resolutions=(8,), channels=1, classes=2, widths=(8, 8, 8), strides=(2, 2, 2), depths=(1,), kernels=(3,),
+        stem_stride=1, expansions=(2,), width_multipliers=(1,),
+    )  # fmt: skip
+    x = np.random.default_rng(0).integers(0, 256, (200, 8, 8), dtype=np.uint8)
+    data = nas.from_arrays(x, np.arange(200) % 2, calibration=129, test=0.1)
+    deployed = Evaluator(Supernet(space), data, calibration=129).deploy(space.largest)
+    assert deployed.simulated.network.by_name["head"].out_shape == (128, 1, 1)
 
 
 # storages ------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from search_spaces import (
 )
 from search_spaces import layers as L
 from search_spaces.layers import INPUT, Port
-from search_spaces.space import Values
+from search_spaces.space import Values, size_text
 
 MOBILENET = MobileNet(
     resolutions=(8, 12), widths=(8, 16), width_multipliers=(1, 2), depths=(1, 2), kernels=(3, 5), expansions=(1, 2),
@@ -390,6 +390,30 @@ def test_settings_that_mean_the_same_make_the_same_space() -> None:
 
 def test_representation_names_the_space_and_counts() -> None:
     assert repr(toy(choice("a", 3))).endswith(": 1 choices, 3 architectures>")
+
+
+def test_spaces_beyond_the_largest_float_are_counted_told_and_refused() -> None:
+    space = toy(*(choice(f"c{i}", 10) for i in range(400)))
+    assert space.size == 10**400
+    assert repr(space).endswith(": 400 choices, 1.00e+400 architectures>")
+    with pytest.raises(ValueError, match=r"has 1\.00e\+400 architectures, too many to list"):
+        space.all()
+    for size, text in ((0, "0"), (999, "999"), (12345, "1.23e+04"), (10**6, "1e+06"), (98765 * 10**5000, "9.88e+5004")):
+        assert size_text(size) == text
+
+
+def test_unquantized_takes_the_first_precision_and_nothing_else(rng: np.random.Generator) -> None:
+    space = MobileNet(precisions=("int8", "fp32"), depths=(1, 2), widths=(8, 16))
+    for _ in range(20):
+        drawn = space.sample(rng)
+        plain = space.unquantized(drawn)
+        assert set(space.lower(plain).precisions.values()) == {"int8"}
+        for one in space.choices:
+            expected = "int8" if one.role == "precision" else drawn[one.name]
+            assert plain[one.name] == expected
+    assert space.unquantized(space.largest) == space.largest
+    with pytest.raises(InvalidArchitecture, match="an architecture of the space"):
+        space.unquantized(MobileNet().largest)
 
 
 # refusals
