@@ -111,7 +111,10 @@ def test_craft_trains_and_evaluates_an_arm(load: Load, data: Data, tmp_path: Pat
     items = craft.planned(["base", "class_weights", "sandwich_kl"], [0], 2, 1, 0.05)
     assert [(item["arm"], item["seed"]) for item in items][2:] == [("sandwich_kl", 0), ("sandwich_kl", 1)]
     lines = [
-        {"item": item, **craft.work(item, data, tmp_path / f"{item['arm']}{item['seed']}", space=SPACE, networks=networks)}
+        {
+            "item": item,
+            **craft.work(item, data, tmp_path / f"{item['arm']}{item['seed']}", space=SPACE, networks=networks),
+        }
         for item in items
     ]
     for line in lines:
@@ -382,3 +385,82 @@ def test_the_command_does_one_piece_or_reports(
     assert found == json.loads(capsys.readouterr().out)
     assert found["pieces"] == {"done": 2, "planned": 2} and found["seeds"] == [0] and found["test_images"] == 719
     assert str(tmp_path) not in out.read_text()
+
+
+# equal FLOPs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sorted", "delayed", "attentive"])
+def test_budgets_are_kept(load: Load, name: str) -> None:
+    """All planned steps added up by hand, forward once and backward twice, cost about the budget."""
+    equal = load("equal_flops")
+    budget = 2e10
+    steps = equal.steps_within(name, budget)
+    strategy = equal.STRATEGIES[name](equal.SPACE, 0, steps, replace(equal.RECIPE, strategy=name))
+    spent = 0.0
+    for number in range(steps):
+        for one in strategy.step(number).passes:
+            macs = [equal.SPACE.lower(architecture).macs for architecture in one.candidates]
+            spent += 64 * (3 * sum(macs) / len(macs) + (sum(macs) if len(macs) > 1 else 0))
+    assert spent == pytest.approx(budget, rel=0.1)  # so few steps are lucky or not
+
+
+def test_the_space_has_243_networks_and_all_strategies_the_same_rates(load: Load) -> None:
+    equal = load("equal_flops")
+    items = equal.tuning(1e11)
+    assert equal.SPACE.size == 243
+    for arm in (*equal.STRATEGIES, "alone"):
+        own = [item for item in items if item["arm"] == arm]
+        assert [item["learning_rate"] for item in own] == list(equal.RATES)
+        assert len({item["steps"] for item in own}) == 1
+    assert len({json.dumps(item, sort_keys=True) for item in items}) == len(items) == 49
+
+
+def tuned_lines(equal: ModuleType, best: float) -> list[dict[str, Any]]:
+    return [
+        {"item": item, "rollbacks": 0.0, "val_search": [0.5 - abs(item["learning_rate"] - best) / 10] * 3}
+        for item in equal.tuning(1e11)
+    ]
+
+
+def test_a_learning_rate_at_an_end_or_of_a_collapsed_training_is_not_chosen(load: Load) -> None:
+    equal = load("equal_flops")
+    lines = tuned_lines(equal, best=0.4)
+    assert set(equal.best_rates(lines).values()) == {0.4}
+    for line in lines:
+        line["rollbacks"] = float(line["item"]["learning_rate"] == 0.4)
+    assert set(equal.best_rates(lines).values()) == {0.2}
+    with pytest.raises(ValueError, match=r"sorted was best at 1\.6, an end of the rates tried"):
+        equal.best_rates(tuned_lines(equal, best=1.6))
+    with pytest.raises(ValueError, match="has 6 of 7 learning rates tried"):
+        equal.best_rates(lines[:-7] + lines[-6:])
+
+
+def test_the_report_of_equal_flops(load: Load, rng: np.random.Generator) -> None:
+    equal = load("equal_flops")
+    macs = np.array([equal.SPACE.lower(one).macs for one in equal.SPACE.all()]) / 1e6
+    lines = tuned_lines(equal, best=0.4)
+    few = equal.chosen(equal.ALONE)
+    for place, arm in enumerate(equal.STRATEGIES):
+        for seed in range(3):
+            front = 0.6 - 0.05 * place + 0.01 * macs + 0.001 * seed + rng.normal(0, 0.0005)
+            test = [0.5 + equal.SPACE.lower(one).macs / 1e8 for one in few]
+            lines.append(
+                {"item": {"kind": "train", "arm": arm, "learning_rate": 0.4, "seed": seed, "steps": 10},
+                 "macs": 3e12, "rollbacks": 0.0, "val_front": front.tolist(), "test": test,
+                 "test_ends": [0.5, 0.6], "test_shared_norms": [value - 0.1 for value in test]}
+            )  # fmt: skip
+    for seed in (0, 1):
+        for number, one in enumerate(few):
+            alone = {"kind": "alone", "arm": "alone", "seed": seed, "architecture": str(one)}
+            lines.append({"item": alone, "test": [0.5 + number / 100 if seed else 0.9 - number / 100]})
+    found = equal.report(lines, 3e12)
+    json.dumps(found, allow_nan=False)
+    assert found["best_on_val_front"] == "sorted"
+    told = found["differences_to_best"]["mean_accuracy"]["arms"]
+    assert told["sandwich"]["verdict"] == "worse"
+    assert told["sandwich"]["difference"] == pytest.approx(-0.05, abs=2e-3)
+    assert found["alone"]["kendall_tau_between_seeds"] == -1.0
+    row = found["trainings"][0]
+    assert row["kendall_tau_macs"] == 1.0 and row["recalibration_gain"] == pytest.approx(0.1)
+    assert row["tmacs"] == 3.0 and 0 < row["hypervolume_share"] < 1
