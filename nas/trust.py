@@ -1,9 +1,9 @@
 """Whether inherited accuracy can be trusted: some networks of a supernet, each trained alone for the same budget.
 
 A search picks by the accuracy that a network inherits from the supernet. What counts is how the network compares
-with others when each is trained alone. `trust` trains a handful alone and says how well the two orders agree, what
-picking by inherited accuracy costs, and what it costs to search nothing and take the largest network that fits
-(as SortedNet does, arXiv 2309.00255).
+with others when each is trained alone. `trust` trains a handful alone and says how well the two orders agree and
+whether they agree better than the order of MACs, which needs no supernet; what picking by inherited accuracy costs,
+and what it costs to search nothing and take the largest network that fits (as SortedNet does, arXiv 2309.00255).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +21,25 @@ from typing import Any
 import numpy as np
 
 from hardware_profiles.files import read_json, write_json
-from nas.checkpoints import load_checkpoint
-from nas.costs import Z_90
 from nas.data import Data
 from nas.evaluate import accuracy, calibration_images, recalibrate
+from nas.ranking import (
+    ROUNDING,
+    Correlation,
+    Pick,
+    bootstrap,
+    chance_tau,
+    kendall_tau,
+    noise_bound,
+    picks,
+    regrets,
+    spearman_rho,
+    standard_error,
+    tau_gain,
+)
 from nas.sampling import sample_spread
-from nas.strategies import unquantized
 from nas.supernet import Subnet, Supernet, digest_of
-from nas.train import train
+from nas.train import steps_of, train
 from nas.train_settings import TrainSettings
 from nas.versions import versions
 from search_spaces import Architecture, SearchSpace
@@ -36,109 +47,8 @@ from search_spaces import Architecture, SearchSpace
 log = logging.getLogger(__name__)
 
 FEWEST, CANDIDATES = 3, 64
-RESAMPLES = 1000
+LISTED = 1000  # networks, up to which a space is listed where random ones are too few
 SPLIT = "val_front"
-
-
-# statistics ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """A rank correlation and its 90 % interval; None where all values of one side are equal."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-def kendall_tau(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Kendall's tau-b, which allows for ties; None where it is not defined since x or y is constant."""
-    from scipy.stats import kendalltau
-
-    return float(kendalltau(x, y).statistic) if np.ptp(x) and np.ptp(y) else None
-
-
-def spearman_rho(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Spearman's rho; None where it is not defined since x or y is constant."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else None
-
-
-def bootstrap(
-    statistic: Callable[[np.ndarray, np.ndarray], float | None],
-    x: np.ndarray,
-    y: np.ndarray,
-    rng: np.random.Generator,
-    resamples: int = RESAMPLES,
-) -> Correlation:
-    """The statistic of x and y (n,), and the middle 90 % of it when the n pairs are drawn anew with replacement.
-
-    Draws in which it is not defined are left out.
-    """
-    draws = rng.integers(len(x), size=(resamples, len(x)))
-    found = [value for draw in draws if (value := statistic(x[draw], y[draw])) is not None]
-    value = statistic(x, y)
-    if value is None or not found:
-        return Correlation(value, None, None)
-    low, high = np.quantile(found, (0.05, 0.95))
-    return Correlation(value, float(low), float(high))
-
-
-def chance_tau(count: int) -> float | None:
-    """The smallest tau that at most 10 % of the random orders of `count` reach, up or down; None where none is.
-
-    Exact, from the number of orders with each number of inversions (Kendall 1938).
-    """
-    orders = np.ones(1)
-    for length in range(2, count + 1):
-        orders = np.convolve(orders, np.ones(length)) / length
-    pairs = count * (count - 1) // 2
-    tau = 1 - 2 * np.arange(pairs + 1) / max(pairs, 1)
-    both_tails = 2 * np.cumsum(orders)
-    rare = tau[(both_tails <= 0.1 + 1e-12) & (tau > 0)]
-    return float(rare[-1]) if len(rare) else None
-
-
-def standard_error(share: float, count: int) -> float:
-    """Of a share of `count` independent images: binomial, with one success and one failure added.
-
-    Without those (Laplace's rule) a share of 0 or 1 would have no error at all.
-    """
-    expected = (share * count + 1) / (count + 2)
-    return math.sqrt(expected * (1 - expected) / count)
-
-
-@dataclass(frozen=True)
-class Pick:
-    """What a rule picks within a budget, and what would have been best: indices of networks."""
-
-    budget_macs: int
-    picked: int
-    best: int
-
-
-def picks(macs: np.ndarray, alone: np.ndarray, score: np.ndarray) -> list[Pick]:
-    """For each distinct number of MACs as a budget: the network within it that has the highest score.
-
-    Args:
-        macs, alone, score: (n,) costs, accuracies when trained alone, and what the rule maximizes.
-
-    Of equals (in score, or for the best in `alone`) it is the one with the fewest MACs, then the first.
-    """
-    order = np.argsort(macs, kind="stable")
-    found = []
-    for budget in np.unique(macs):
-        within = order[macs[order] <= budget]
-        picked, best = (int(within[np.argmax(values[within])]) for values in (score, alone))
-        found.append(Pick(int(budget), picked, best))
-    return found
-
-
-def regrets(picked: Sequence[Pick], alone: np.ndarray) -> np.ndarray:
-    """How much better than each pick the best network within its budget is when trained alone, 0 or more."""
-    return np.array([alone[pick.best] - alone[pick.picked] for pick in picked])
 
 
 # the report ----------------------------------------------------------------------------------------------
@@ -146,13 +56,19 @@ def regrets(picked: Sequence[Pick], alone: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ComparedNetwork:
-    """One network with the accuracy it inherits and the one it reaches alone, both in 0..1."""
+    """One network with the accuracy it inherits and the one it reaches alone, both in 0..1.
+
+    training_macs: spent on training it alone. rollbacks: how often that collapsed and went on with a lower learning
+    rate.
+    """
 
     id: str
     architecture: str
     macs: int
     inherited: float
     alone: float
+    training_macs: int
+    rollbacks: int
 
     @property
     def gap(self) -> float:
@@ -183,13 +99,26 @@ class TrustReport:
 
     @cached_property
     def kendall(self) -> Correlation:
-        rng = np.random.default_rng([self.seed, 8])
-        return bootstrap(kendall_tau, self.column("inherited"), self.column("alone"), rng)
+        """Tau-b of inherited and stand-alone accuracy."""
+        return self._bootstrap(kendall_tau, "inherited", "alone")
 
     @cached_property
     def spearman(self) -> Correlation:
+        return self._bootstrap(spearman_rho, "inherited", "alone")
+
+    @cached_property
+    def kendall_macs(self) -> Correlation:
+        """Tau-b of MACs and stand-alone accuracy: what an order that needs no supernet reaches."""
+        return self._bootstrap(kendall_tau, "macs", "alone")
+
+    @cached_property
+    def kendall_gain(self) -> Correlation:
+        """`kendall` minus `kendall_macs`, both of the same draws."""
+        return self._bootstrap(tau_gain, "inherited", "macs", "alone")
+
+    def _bootstrap(self, statistic: Callable[..., float | None], *columns: str) -> Correlation:
         rng = np.random.default_rng([self.seed, 8])
-        return bootstrap(spearman_rho, self.column("inherited"), self.column("alone"), rng)
+        return bootstrap(statistic, [self.column(name) for name in columns], rng)
 
     @cached_property
     def picks(self) -> dict[str, list[Pick]]:
@@ -206,10 +135,20 @@ class TrustReport:
         """Standard errors of the accuracies `inherited` or `alone`."""
         return np.array([standard_error(share, self.validation_images) for share in self.column(name)])
 
-    def is_real(self, a: int, b: int) -> bool:
-        """Whether the networks a and b, trained alone, differ by more than 90 % of equals do on so many images."""
+    def is_real(self, a: int, b: int, comparisons: int = 1) -> bool:
+        """Whether the networks a and b, trained alone, differ by more than 90 % of equals do on so many images.
+
+        comparisons: among how many pairs this one was found to be the most different; see `nas.ranking.noise_bound`.
+        """
         alone, error = self.column("alone"), self.error("alone")
-        return bool(abs(alone[a] - alone[b]) > Z_90 * math.hypot(error[a], error[b]))
+        return bool(abs(alone[a] - alone[b]) > noise_bound(comparisons) * math.hypot(error[a], error[b]))
+
+    def is_real_regret(self, pick: Pick) -> bool:
+        """Whether the best within the budget is better than the picked one by more than the best of equals is.
+
+        The best is the largest of several noisy accuracies, so the bound grows with the networks within the budget.
+        """
+        return self.is_real(pick.best, pick.picked, pick.comparisons)
 
     @property
     def noise_floor(self) -> float:
@@ -218,13 +157,14 @@ class TrustReport:
 
     @property
     def training_macs(self) -> int:
-        """Spent on training alone: three times the forward pass for each image (forward, and backward twice that)."""
-        return sum(3 * int(macs) for macs in self.column("macs")) * self.steps * self.images_a_step
+        """Spent on training alone, with what was spent again after a collapse."""
+        return sum(network.training_macs for network in self.networks)
 
     @cached_property
     def findings(self) -> list[str]:
         """What may be claimed, and what may not."""
-        return [self._order_said(), self._pairs_said(), self._rules_said(), ONE_TRAINING]
+        found = [self._order_said(), self._pairs_said(), self._rules_said(), self._collapses_said(), ONE_TRAINING]
+        return [said for said in found if said]
 
     def _order_said(self) -> str:
         count, tau, bound = len(self.networks), self.kendall.value, chance_tau(len(self.networks))
@@ -233,11 +173,27 @@ class TrustReport:
         if bound is None:
             return f"No claim about the order: {count} networks are too few; ask for more with --networks."
         chance = f"one random order of {count} networks in ten has a tau of {bound:.2f} or more, up or down"
-        if tau >= bound:
-            return f"Inherited accuracy orders the networks better than chance ({chance})."
-        if tau <= -bound:
-            return f"Inherited accuracy orders the networks worse than chance ({chance})."
-        return f"No claim about the order: {chance}; ask for more with --networks."
+        if tau >= bound - ROUNDING:
+            said = f"Inherited accuracy orders the networks better than chance ({chance})."
+        elif tau <= ROUNDING - bound:
+            said = f"Inherited accuracy orders the networks worse than chance ({chance})."
+        else:
+            said = f"No claim about the order: {chance}; ask for more with --networks."
+        return f"{said} {self._baseline_said()}"
+
+    def _baseline_said(self) -> str:
+        """Whether the order is better than that of MACs, which every space has and networks are spread over."""
+        gain, alone = self.kendall_gain, self.kendall_macs.value
+        if gain.value is None or gain.low is None or gain.high is None or alone is None:
+            return "MACs do not order the networks: all have the same."
+        told = f"tau of MACs {alone:.2f}, difference {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
+        if gain.low > ROUNDING:
+            return f"Inherited accuracy orders them better than their MACs do ({told})."
+        if gain.high < -ROUNDING:
+            return f"Inherited accuracy orders them worse than their MACs do, which need no supernet ({told})."
+        return (
+            f"No claim that inherited accuracy orders them better than their MACs do, which need no supernet ({told})."
+        )
 
     def _pairs_said(self) -> str:
         inherited, alone = self.column("inherited"), self.column("alone")
@@ -246,13 +202,13 @@ class TrustReport:
         real = [(a, b) for a, b in pairs if self.is_real(a, b)]
         alike = sum((inherited[a] - inherited[b]) * (alone[a] - alone[b]) > 0 for a, b in real)
         return (
-            f"{len(real)} of {len(pairs)} pairs of networks differ by more than noise when trained alone; "
-            f"inherited accuracy orders {alike} of them the same way."
+            f"{len(real)} of {len(pairs)} pairs of networks differ by more than noise when trained alone (of equals, "
+            f"one in ten would); inherited accuracy orders {alike} of them the same way."
         )
 
     def _rules_said(self) -> str:
         alone = self.column("alone")
-        real = {rule: sum(self.is_real(p.best, p.picked) for p in found) for rule, found in self.picks.items()}
+        real = {rule: sum(map(self.is_real_regret, found)) for rule, found in self.picks.items()}
         other = [
             alone[a.picked] - alone[b.picked]
             for a, b in zip(self.picks["inherited"], self.picks["largest"], strict=True)
@@ -261,8 +217,18 @@ class TrustReport:
         better = sum(difference > 0 for difference in other)
         return (
             f"Of {len(self.picks['largest'])} budgets, the regret is more than noise at {real['inherited']} when "
-            f"picking by inherited accuracy and at {real['largest']} when taking the largest; picking by inherited "
-            f"accuracy is better by more than noise at {better}, worse at {len(other) - better}."
+            f"picking by inherited accuracy and at {real['largest']} when taking the largest (of equals, at one in "
+            f"twenty at most); picking by inherited accuracy is better by more than noise at {better}, worse at "
+            f"{len(other) - better}."
+        )
+
+    def _collapses_said(self) -> str:
+        collapsed = [str(number) for number, network in enumerate(self.networks, start=1) if network.rollbacks]
+        if not collapsed:
+            return ""
+        return (
+            f"Trained alone, {', '.join(collapsed)} collapsed and went on with a lower learning rate: not the same "
+            f"training as that of the others."
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -289,6 +255,8 @@ class TrustReport:
             "training_macs": self.training_macs,
             "networks": rows,
             "kendall_tau_b": asdict(self.kendall),
+            "kendall_tau_b_macs": asdict(self.kendall_macs),
+            "kendall_tau_b_gain": asdict(self.kendall_gain),
             "spearman_rho": asdict(self.spearman),
             "noise_floor": self.noise_floor,
             "regret": {rule: self._regret_to_dict(rule) for rule in self.picks},
@@ -300,10 +268,11 @@ class TrustReport:
         budgets = [
             {
                 "budget_macs": pick.budget_macs,
+                "within": pick.within,
                 "picked": self.networks[pick.picked].id,
                 "best": self.networks[pick.best].id,
                 "regret": float(value),
-                "is_real": self.is_real(pick.best, pick.picked),
+                "is_real": self.is_real_regret(pick),
             }
             for pick, value in zip(self.picks[rule], values, strict=True)
         ]
@@ -330,7 +299,8 @@ class TrustReport:
                 (network.gap, math.hypot(inherited, alone)),
             )
             shown = "  ".join(f"{100 * value:8.2f} ±{100 * error:4.2f}" for value, error in pairs)
-            lines.append(f"{number:>2}  {network.id:10}  {network.macs / 1e6:8.4g}  {shown}")
+            rollbacks = f"  rollbacks: {network.rollbacks}" if network.rollbacks else ""
+            lines.append(f"{number:>2}  {network.id:10}  {network.macs / 1e6:8.4g}  {shown}{rollbacks}")
         gaps = 100 * self.column("gap")
         lines += [
             f"± is one standard error on {self.validation_images} images. Each network alone: {self.steps} steps of "
@@ -338,14 +308,17 @@ class TrustReport:
             "",
             f"rank correlation of inherited and stand-alone accuracy: {_told('Kendall tau-b', self.kendall)}, "
             f"{_told('Spearman rho', self.spearman)} (90 % bootstrap over networks)",
+            f"rank correlation of MACs and stand-alone accuracy, which needs no supernet: "
+            f"{_told('Kendall tau-b', self.kendall_macs)}",
             f"gap: mean {gaps.mean():+.2f} pp, from {gaps.min():+.2f} to {gaps.max():+.2f} pp",
         ]
         for rule, said in (("inherited", "picking by inherited accuracy"), ("largest", "taking the largest that fits")):
             values = 100 * self.regrets(rule)
             lines.append(f"regret of {said}: mean {values.mean():.2f} pp, max {values.max():.2f} pp")
-        floor = 100 * self.noise_floor
+        floor, count = 100 * self.noise_floor, len(self.networks)
         lines.append(
-            f"noise floor: the s.e. of a difference is {floor:.2f} pp on average; {Z_90 * floor:.2f} pp may be noise"
+            f"noise floor: the s.e. of a difference is {floor:.2f} pp on average; {noise_bound() * floor:.2f} pp "
+            f"between two, and {noise_bound(count - 1) * floor:.2f} pp from the best of {count} to another may be noise"
         )
         return "\n".join([*lines, "", *self.findings])
 
@@ -390,20 +363,19 @@ def trust(
     """
     settings = alone_settings(settings or TrainSettings())
     chosen = spread_over_macs(supernet.space, networks, np.random.default_rng([seed, 7]))
-    compared, steps = [], set()
+    compared = []
     for number, architecture in enumerate(chosen, start=1):
         macs = supernet.space.lower(architecture).macs
         log.info("network %d of %d: %s, %.4g MMACs", number, len(chosen), architecture.id, macs / 1e6)
-        alone, trained_steps = _alone(supernet.space, architecture, data, folder / architecture.id, settings, seed)
-        steps.add(trained_steps)
+        alone = _alone(supernet.space, architecture, data, folder / architecture.id, settings, seed)
         inherited = _accuracy(supernet.extract(architecture), data)
-        compared.append(ComparedNetwork(architecture.id, str(architecture), macs, inherited, alone))
-    assert len(steps) == 1, "the same settings and data give the same number of steps"
+        compared.append(ComparedNetwork(architecture.id, str(architecture), macs, inherited, **alone))
+    images = len(data["train"])
     return TrustReport(
         tuple(sorted(compared, key=lambda network: (network.macs, network.id))),
         len(data[SPLIT]),
-        steps.pop(),
-        min(settings.images_a_step, len(data["train"])),
+        steps_of(settings, images)[1],
+        min(settings.images_a_step, images),
         asdict(settings),
         seed,
         supernet.space.name,
@@ -413,10 +385,11 @@ def trust(
 
 
 def alone_settings(settings: TrainSettings) -> TrainSettings:
-    """The same training for a space of one architecture: steps, images a step, augmentation and schedule stay.
+    """The same training for a space of one architecture: steps, images a step and augmentation stay.
 
-    So do the micro-batches, each of which is one more batch of the same network: its norms see as many images.
-    There is no other kernel size to transform.
+    So do the micro-batches, each of which is one more batch of the same network: its norms see as many images. The
+    learning rate follows one cosine, as in all strategies but `progressive`, whose phases each have a lower one of
+    their own. There is no other kernel size to transform.
     """
     return replace(settings, strategy="uniform", kernel_transforms=False)
 
@@ -424,13 +397,18 @@ def alone_settings(settings: TrainSettings) -> TrainSettings:
 def spread_over_macs(space: SearchSpace, count: int, rng: np.random.Generator) -> list[Architecture]:
     """The smallest, the largest, and then one after the other whichever is farthest in log MACs from those before.
 
-    All have the first precision, since training is in floating point. With the same generator a longer list
-    begins with a shorter one. Raises ValueError for a count out of range, or a space of fewer than three networks.
+    All have the first precision, since training is in floating point; there are fewer than `count` only where the
+    space has no more of these. With the same generator a longer list begins with a shorter one. Raises ValueError
+    for a count out of range, or a space of fewer than three networks.
     """
     if not FEWEST <= count <= CANDIDATES:
         raise ValueError(f"networks = {count}; expected {FEWEST} to {CANDIDATES}")
-    drawn = [unquantized(space, architecture) for architecture in sample_spread(space, CANDIDATES, rng)]
-    pool = list(dict.fromkeys([space.smallest, space.largest, *drawn]))
+    plain = space.restricted({c.name: c.options[:1] for c in space.choices if c.role == "precision"})
+    drawn = sample_spread(plain, CANDIDATES, rng)
+    if len(drawn) < CANDIDATES and plain.size <= LISTED:  # of a few networks, random ones miss some
+        listed = list(plain.all())
+        drawn += [listed[i] for i in rng.permutation(len(listed))]
+    pool = list(dict.fromkeys([space.smallest, space.largest, *(space.build(one.values) for one in drawn)]))
     if len(pool) < FEWEST:
         raise ValueError(f"the space has {len(pool)} networks; expected {FEWEST} or more to compare")
     log_macs = np.log([space.lower(architecture).macs for architecture in pool])
@@ -444,8 +422,11 @@ def spread_over_macs(space: SearchSpace, count: int, rng: np.random.Generator) -
 
 def _alone(
     space: SearchSpace, architecture: Architecture, data: Data, folder: Path, settings: TrainSettings, seed: int
-) -> tuple[float, int]:
-    """(accuracy, steps) of a network trained from scratch; from its result.json where that is of the same training."""
+) -> dict[str, Any]:
+    """`alone`, `training_macs` and `rollbacks` of a network trained from scratch.
+
+    They come from its result.json where that is of the same training.
+    """
     path = folder / "result.json"
     key = {
         "space": space.name,
@@ -460,17 +441,16 @@ def _alone(
         shutil.rmtree(folder, ignore_errors=True)
         held = {"schema": 1, "key": key}
         write_json(path, held)
-    if "accuracy" not in held:
+    if not {"accuracy", "macs", "rollbacks"} <= held.keys():
         network = Supernet(space.only(architecture), seed=seed)
-        train(network, data, seed=seed, folder=folder, settings=settings)
-        found = load_checkpoint(folder / "supernet")
-        assert found is not None, "training leaves a checkpoint"
+        spent = train(network, data, seed=seed, folder=folder, settings=settings)
         subnet = network.extract(network.space.smallest)
         weights = digest_of(subnet)
-        held |= {"accuracy": _accuracy(subnet, data), "steps": found[1]["step"], "weights_sha256": weights}
+        held |= {"accuracy": _accuracy(subnet, data), "weights_sha256": weights}
+        held |= {name: int(spent[name]) for name in ("macs", "rollbacks")}
         write_json(path, held)
     shutil.rmtree(folder / "supernet", ignore_errors=True)
-    return float(held["accuracy"]), int(held["steps"])
+    return {"alone": held["accuracy"], "training_macs": held["macs"], "rollbacks": held["rollbacks"]}
 
 
 def _held(path: Path) -> dict[str, Any]:

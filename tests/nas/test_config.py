@@ -52,7 +52,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"train": 5}, "train: expected keys, got 5"),
     ({"data": {}}, "missing key 'data.path'; set it in the YAML file or with --set data.path=..."),
     ({"data": {"path": "digits", "train_share": 2}}, "data: train_share = 2.0; expected a share above 0"),
-    ({"data": {"path": "digits", "coreset": "best"}}, "data: coreset = 'best'; expected one of random, dataset_quantization"),
+    (
+        {"data": {"path": "digits", "coreset": "best"}},
+        "data: coreset = 'best'; expected one of random, dataset_quantization",
+    ),
     ({"space": {"widths": [8]}}, "space.family is missing"),
     ({"space": {"family": ["mobilenet"]}}, "space.family is missing"),
     ({"space": {"family": "mobilenet", 3: 4}}, "expected names as keys, got 3"),

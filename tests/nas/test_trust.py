@@ -1,21 +1,24 @@
-"""Trust: the statistics against definitions and tables, regrets by hand, and that each network is trained once."""
+"""Trust: reports by hand, what may be claimed of noise, and that each network is trained once."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
+from nas.cli import main
 from nas.evaluate import accuracy, calibration_images, recalibrate
+from nas.pipeline import Run
 from nas.supernet import Supernet
 from nas.train import train
 from nas.train_settings import TrainSettings
@@ -23,14 +26,7 @@ from nas.trust import (
     ComparedNetwork,
     TrustReport,
     alone_settings,
-    bootstrap,
-    chance_tau,
-    kendall_tau,
-    picks,
-    regrets,
-    spearman_rho,
     spread_over_macs,
-    standard_error,
     trust,
 )
 from search_spaces import Architecture
@@ -40,119 +36,18 @@ SETTINGS = TrainSettings(epochs=2, batch_size=16, micro_batches=2, architectures
 
 
 def report(
-    inherited: list[float], alone: list[float], macs: list[int] | None = None, images: int = 1000
+    inherited: Sequence[float],
+    alone: Sequence[float],
+    macs: Sequence[int] | None = None,
+    images: int = 1000,
+    rollbacks: Sequence[int] = (),
 ) -> TrustReport:
     rows = zip(macs or range(10**6, 10**6 * len(alone) + 1, 10**6), inherited, alone, strict=True)
-    networks = tuple(ComparedNetwork(f"{i:010x}", f"width={i}", m, a, b) for i, (m, a, b) in enumerate(rows))
+    networks = tuple(
+        ComparedNetwork(f"{i:010x}", f"width={i}", m, a, b, 9000 * m, rollbacks[i] if rollbacks else 0)
+        for i, (m, a, b) in enumerate(rows)
+    )
     return TrustReport(networks, images, 100, 32, {"epochs": 2}, 0, "a space", "data", "weights")
-
-
-# statistics ----------------------------------------------------------------------------------------------
-
-
-def tau_b(x: np.ndarray, y: np.ndarray) -> float:
-    """By the definition: over all pairs."""
-    agree = ties_x = ties_y = 0
-    for i, j in itertools.combinations(range(len(x)), 2):
-        agree += int(np.sign(x[i] - x[j]) * np.sign(y[i] - y[j]))
-        ties_x += x[i] == x[j]
-        ties_y += y[i] == y[j]
-    pairs = len(x) * (len(x) - 1) // 2
-    return float(agree / math.sqrt((pairs - ties_x) * (pairs - ties_y)))
-
-
-def ranks(x: np.ndarray) -> np.ndarray:
-    return np.array([sum(x < v) + (sum(x == v) + 1) / 2 for v in x])
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("levels", [3, 1000])  # with and without ties
-def test_rank_correlations_are_those_of_their_definitions(seed: int, levels: int) -> None:
-    rng = np.random.default_rng(seed)
-    x = rng.integers(levels, size=9).astype(float)
-    y = x + rng.integers(levels, size=9)
-    assert kendall_tau(x, y) == pytest.approx(tau_b(x, y))
-    assert spearman_rho(x, y) == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
-    assert kendall_tau(x, -x) == spearman_rho(x, -x) == pytest.approx(-1.0)
-
-
-def test_a_correlation_with_equals_only_is_not_defined() -> None:
-    x, y = np.arange(4.0), np.full(4, 0.5)
-    for statistic in (kendall_tau, spearman_rho):
-        assert statistic(x, y) is None and statistic(y, x) is None
-        assert bootstrap(statistic, x, y, np.random.default_rng(0), 20).low is None
-
-
-def test_the_bootstrap_interval_of_a_mean_is_the_normal_one() -> None:
-    x = np.random.default_rng(1).normal(2.0, 3.0, 400)
-    found = bootstrap(lambda a, b: float((a + b).mean()), x, -x / 2, np.random.default_rng(0), 4000)
-    middle, half = (x / 2).mean(), 1.645 * (x / 2).std() / 20
-    assert found.value == pytest.approx(middle)
-    assert [found.low, found.high] == pytest.approx([middle - half, middle + half], abs=0.1 * half)
-
-
-def test_pairs_are_drawn_together_and_undefined_draws_left_out() -> None:
-    x = np.array([1.0, 2.0, 3.0])
-    found = bootstrap(kendall_tau, x, 10 * x, np.random.default_rng(0), 200)  # a ninth of the draws are constant
-    assert (found.value, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
-    again = [bootstrap(kendall_tau, x, x[::-1] ** 2, np.random.default_rng(3), 50) for _ in range(2)]
-    assert again[0] == again[1]
-
-
-@pytest.mark.parametrize(
-    ("count", "tau"), [(4, 1.0), (5, 0.8), (6, 11 / 15), (7, 13 / 21), (8, 16 / 28), (9, 0.5), (10, 21 / 45)]
-)  # the published table: two-tailed, 10 %
-def test_chance_is_that_of_kendalls_table(count: int, tau: float) -> None:
-    assert chance_tau(count) == pytest.approx(tau)
-
-
-def test_chance_is_that_of_all_orders() -> None:
-    assert chance_tau(2) is None and chance_tau(3) is None
-    for count in (4, 5, 6):
-        pairs = list(itertools.combinations(range(count), 2))
-        orders = list(itertools.permutations(range(count)))
-        taus = np.array([sum(1 if o[i] < o[j] else -1 for i, j in pairs) for o in orders]) / len(pairs)
-        bound = min(t for t in set(taus[taus > 0]) if np.mean(np.abs(taus) >= t - 1e-9) <= 0.1 + 1e-9)
-        assert chance_tau(count) == pytest.approx(bound)
-
-
-def test_standard_errors_of_shares() -> None:
-    assert standard_error(0.5, 100) == pytest.approx(0.05)
-    assert standard_error(1.0, 98) == pytest.approx(math.sqrt(0.99 * 0.01 / 98)) == standard_error(0.0, 98)
-    drawn = np.random.default_rng(0).binomial(500, 0.8, 20_000) / 500
-    assert standard_error(0.8, 500) == pytest.approx(drawn.std(), rel=0.02)
-
-
-# regrets -------------------------------------------------------------------------------------------------
-
-
-def test_regrets_by_hand_with_ties() -> None:
-    macs = np.array([20, 10, 30, 20])
-    alone = np.array([0.80, 0.70, 0.78, 0.75])
-    inherited = np.array([0.6, 0.6, 0.7, 0.7])
-    found = picks(macs, alone, inherited)
-    assert [p.budget_macs for p in found] == [10, 20, 30]
-    assert [p.best for p in found] == [1, 0, 0]
-    assert [p.picked for p in found] == [1, 3, 3]  # at 30 two have 0.7: the one with fewer MACs
-    assert regrets(found, alone) == pytest.approx([0.0, 0.05, 0.05])
-    largest = picks(macs, alone, macs)
-    assert [p.picked for p in largest] == [1, 0, 2]  # at 20 two have 20 MACs: the first
-    assert regrets(largest, alone) == pytest.approx([0.0, 0.0, 0.02])
-    equal = picks(macs, alone, np.full(4, 0.5))
-    assert [p.picked for p in equal] == [1, 1, 1]
-    assert regrets(equal, alone) == pytest.approx([0.0, 0.10, 0.10])
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_regrets_are_those_of_a_loop(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    macs, alone, score = rng.permutation(12) + 1, rng.random(12), rng.random(12)
-    expected = []
-    for budget in sorted(macs):
-        fits = [i for i in range(12) if macs[i] <= budget]
-        expected.append(max(alone[i] for i in fits) - alone[max(fits, key=lambda i: score[i])])
-    assert regrets(picks(macs, alone, score), alone) == pytest.approx(expected)
-    assert not regrets(picks(macs, alone, 3 * alone), alone).any()
 
 
 # the report ----------------------------------------------------------------------------------------------
@@ -163,7 +58,8 @@ def test_a_report_by_hand() -> None:
     assert made.kendall.value == pytest.approx(2 / 6) and made.spearman.value == pytest.approx(0.4)
     assert made.regrets("inherited") == pytest.approx([0.0, 0.0, 0.02, 0.12])
     assert made.regrets("largest") == pytest.approx([0.0, 0.0, 0.02, 0.0])
-    assert made.training_macs == 3 * 10_000_000 * 100 * 32
+    assert made.training_macs == 9000 * 10_000_000
+    assert made.kendall_macs.value == pytest.approx(4 / 6) and made.kendall_gain.value == pytest.approx(-2 / 6)
     variances = [p * (1 - p) / 1000 for p in (0.60, 0.80, 0.78, 0.90)]
     assert made.noise_floor == pytest.approx(math.sqrt(2 * np.mean(variances)), rel=2e-3)
     assert made.is_real(3, 2) and not made.is_real(1, 2)  # 12 pp and 2 pp, where 90 % of equals differ by 3
@@ -171,7 +67,10 @@ def test_a_report_by_hand() -> None:
     assert made.findings[1].startswith("5 of 6 pairs") and "orders 4 of them" in made.findings[1]
     assert "at 1 when picking by inherited accuracy and at 0 when taking the largest" in made.findings[2]
     assert made.findings[2].endswith("better by more than noise at 0, worse at 1.")
+    assert len(made.findings) == 4  # nothing about collapses
     text = str(made)
+    assert "rank correlation of MACs and stand-alone accuracy, which needs no supernet: Kendall tau-b 0.67 [" in text
+    assert "1.82 pp on average; 2.99 pp between two, and 3.87 pp from the best of 4 to another may be noise" in text
     assert (
         "Kendall tau-b 0.33 [" in text and "regret of picking by inherited accuracy: mean 3.50 pp, max 12.00 pp" in text
     )
@@ -195,13 +94,100 @@ def test_what_may_be_claimed_about_the_order(inherited: list[float], alone: list
     json.dumps(made.to_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    ("inherited", "macs", "said"),
+    [
+        (
+            range(12),
+            [5, 1, 7, 3, 2, 9, 4, 11, 6, 10, 8, 12],
+            "Inherited accuracy orders them better than their MACs do (tau of MACs",
+        ),
+        (
+            [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10],
+            range(1, 13),
+            "Inherited accuracy orders them worse than their MACs do, which",
+        ),
+        (
+            range(12),
+            range(1, 13),
+            "No claim that inherited accuracy orders them better than their MACs do, which need no supernet (tau",
+        ),
+        (
+            [1, 0, *range(2, 12)],
+            [2, 1, 4, 3, *range(5, 13)],
+            "No claim that inherited accuracy orders them better than their MACs do",
+        ),
+        (range(12), [5] * 12, "MACs do not order the networks: all have the same."),
+    ],
+)
+def test_the_first_finding_compares_with_the_order_of_macs(
+    inherited: Sequence[float], macs: Sequence[int], said: str
+) -> None:
+    alone = np.linspace(0.5, 0.9, 12)
+    made = report([0.4 + 0.01 * value for value in inherited], list(alone), list(macs))
+    assert made.findings[0].startswith("Inherited accuracy orders the networks better than chance")
+    assert said in made.findings[0]
+    held = made.to_dict()
+    assert {"value", "low", "high"} == set(held["kendall_tau_b_gain"]) == set(held["kendall_tau_b_macs"])  # type: ignore[call-overload]
+    json.dumps(held, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("order", "tau"),
+    [
+        ([1, 0, 2, 3, 4], 8 / 10),
+        ([1, 0, 3, 2, 4, 5], 11 / 15),
+        ([5, 6, 7, 0, 1, 2, 3, 4, 9, 8, 10], 23 / 55),
+        ([5, 6, 7, 8, 0, 1, 2, 3, 4, 9, 10, 11], 26 / 66),
+    ],
+)
+def test_a_tau_at_the_bound_is_a_claim(order: list[int], tau: float) -> None:
+    alone = [0.1 + 0.05 * i for i in range(len(order))]
+    made = report([0.1 + 0.05 * i for i in order], alone)
+    assert made.kendall.value == pytest.approx(tau)
+    assert made.findings[0].startswith("Inherited accuracy orders the networks better than chance")
+    worse = report([0.9 - 0.05 * i for i in order], alone)
+    assert worse.findings[0].startswith("Inherited accuracy orders the networks worse than chance")
+    order[-2:] = order[:-3:-1]  # one inversion more
+    assert report([0.1 + 0.05 * i for i in order], alone).findings[0].startswith("No claim about the order")
+
+
+@pytest.mark.parametrize("count", [3, 8, 20])
+def test_equal_networks_seldom_have_a_regret_that_is_more_than_noise(count: int) -> None:
+    rng = np.random.default_rng(0)
+    alarms = {"inherited": 0, "largest": 0}
+    for alone in rng.binomial(2000, 0.8, (1000, count)) / 2000:
+        made = report(list(rng.random(count)), list(alone), images=2000)
+        for rule in alarms:
+            alarms[rule] += made.is_real_regret(made.picks[rule][-1])
+    assert all(10 <= alarm <= 70 for alarm in alarms.values())  # 5 % at most, and not never
+
+
+def test_a_real_regret_is_found() -> None:
+    made = report([0.5] * 7 + [0.6], [0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.86], images=2000)
+    assert "the regret is more than noise at 1 when picking by inherited accuracy and at 1" in made.findings[2]
+    lower = report([0.5] * 7 + [0.6], [0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.88], images=2000)  # 2.02 standard errors
+    assert lower.is_real(0, 7) and not lower.is_real_regret(lower.picks["largest"][-1])
+
+
+def test_a_collapse_is_told() -> None:
+    made = report([0.5, 0.6, 0.7, 0.8], [0.6, 0.1, 0.8, 0.9], rollbacks=[0, 2, 0, 1])
+    assert made.findings[3].startswith("Trained alone, 2, 4 collapsed and went on with a lower learning rate")
+    lines = str(made).splitlines()
+    assert [line.partition("rollbacks: ")[2] for line in lines[2:5:2]] == ["2", "1"]
+    assert not any("rollbacks" in line for line in lines[1:5:2])
+    assert [row["rollbacks"] for row in made.to_dict()["networks"]] == [0, 2, 0, 1]  # type: ignore[attr-defined]
+
+
 def test_the_file_holds_what_the_report_says(tmp_path: Path) -> None:
     made = report([0.50, 0.60, 0.85, 0.80], [0.60, 0.80, 0.78, 0.90])
     made.save(tmp_path / "trust.json")
     held = json.loads((tmp_path / "trust.json").read_text())
     assert held == made.to_dict() and held["schema"] == 1 and held["n"] == 4 and held["versions"]["torch"]
     assert held["networks"][2]["gap"] == pytest.approx(0.07)
+    assert held["kendall_tau_b_macs"]["value"] == pytest.approx(4 / 6)
     last = held["regret"]["inherited"]["budgets"][-1]
+    assert last["within"] == 4
     assert last["regret"] == pytest.approx(0.12)
     assert (last["picked"], last["best"], last["is_real"]) == (f"{2:010x}", f"{3:010x}", True)
     assert held["regret"]["largest"]["mean"] == pytest.approx(0.005)
@@ -241,6 +227,11 @@ def test_accuracies_and_regrets_are_where_they_belong(drawn: list[Axes], tmp_pat
     assert [text.get_text() for text in agreement.texts] == ["1", "2", "3", "4"]
     alone = np.asarray(over_macs.lines[0].get_xydata())
     assert alone[:, 0].tolist() == [1, 2, 3, 4] and alone[:, 1].tolist() == pytest.approx([60, 80, 78, 90])
+    bars = [bar.get_segments() for container in over_macs.containers for bar in container.lines[2]]  # type: ignore[union-attr]
+    errors = 100 * np.array([[0.6, 0.8, 0.78, 0.9], [0.5, 0.6, 0.85, 0.8]])
+    for drawn_, values in zip(bars, errors, strict=True):  # the standard errors of the table
+        lengths = [float(segment[1, 1] - segment[0, 1]) / 2 for segment in drawn_]
+        assert lengths == pytest.approx(np.sqrt(values * (100 - values) / 1000), rel=5e-3)
     lines = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in below.lines}
     assert lines["picking by inherited: mean 3.50"] == pytest.approx([0, 0, 2, 12])
     assert lines["taking the largest: mean 0.50"] == pytest.approx([0, 0, 2, 0])
@@ -259,6 +250,28 @@ def test_networks_are_spread_from_the_smallest_to_the_largest() -> None:
     assert np.diff(logs).max() < 2.5 * (logs[-1] - logs[0]) / 8
     assert spread_over_macs(space, 5, np.random.default_rng(0)) == chosen[:5]
     assert spread_over_macs(space, 5, np.random.default_rng(1)) != chosen[:5]
+
+
+ONE_STAGE = {"widths": (8,), "strides": (2,), "width_multipliers": (1.0,)}
+
+
+@pytest.mark.parametrize(
+    ("options", "networks"),
+    [
+        ({"depths": (1,), "width_multipliers": (1.0,)}, 4),  # two blocks of two expansions
+        (ONE_STAGE | {"depths": (1, 2), "kernels": (3, 5, 7)}, 42),  # of which random ones miss a few
+        (ONE_STAGE | {"depths": (1, 2, 3), "kernels": (3, 5)}, 84),
+        ({}, 144),
+        ({"kernels": (3, 5)}, 10**9),  # too many to list
+    ],
+)
+def test_as_many_come_back_as_are_asked_for_where_the_space_has_them(options: dict[str, Any], networks: int) -> None:
+    space = tiny.space(precisions=("fp32", "int8"), **options)
+    for seed in range(3):
+        for count in (3, 19, 64):
+            chosen = spread_over_macs(space, count, np.random.default_rng(seed))
+            assert len(set(chosen)) == len(chosen) == min(count, networks)
+            assert all(space.unquantized(architecture) == architecture for architecture in chosen)
 
 
 def test_a_small_space_has_few_networks_and_too_few_are_refused() -> None:
@@ -330,6 +343,7 @@ def test_both_accuracies_are_those_of_networks_trained_by_hand(supernet: Superne
         architecture = space.parse(network.architecture)
         assert network.id == architecture.id and network.macs == space.lower(architecture).macs
         assert network.inherited == held_accuracy(supernet, architecture)
+        assert network.training_macs == 3 * network.macs * made.steps * 32 and network.rollbacks == 0
         alone = Supernet(space.only(architecture), seed=0)
         train(alone, data, seed=0, settings=replace(SETTINGS, strategy="uniform"))
         assert network.alone == held_accuracy(alone, alone.space.largest)
@@ -341,7 +355,8 @@ def test_what_was_trained_is_not_trained_again(supernet: Supernet, tmp_path: Pat
     for folder in trained:
         assert {path.name for path in folder.iterdir()} == {"result.json", "metrics.jsonl"}
     held = json.loads((trained[0] / "result.json").read_text())
-    assert len(held["weights_sha256"]) == 64 and held["steps"] == first.steps
+    assert len(held["weights_sha256"]) == 64 and held["rollbacks"] == 0
+    assert held["macs"] in [network.training_macs for network in first.networks]
     assert held["key"]["settings"]["strategy"] == "uniform" and held["key"]["data"] == tiny.data().key
     trained.clear()
     again = compare(supernet, tmp_path)
@@ -394,3 +409,51 @@ def test_a_report_that_was_killed_goes_on(
     ]
     assert digests[0] == digests[1]
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_collapse_is_kept_with_what_it_cost(
+    supernet: Supernet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[Path]
+) -> None:
+    trainer = importlib.import_module("nas.train")._Trainer
+    real = trainer._train_step
+    spoilt: list[int] = []
+
+    def once(self: Any, *arguments: Any) -> float:
+        loss = float(real(self, *arguments))
+        if self.step == 5 and not spoilt:  # in the second epoch of the first network
+            spoilt.append(self.step)
+            with torch.no_grad():
+                next(iter(self.supernet.parameters())).fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(trainer, "_train_step", once)
+    made = compare(supernet, tmp_path)
+    assert spoilt and sorted(network.rollbacks for network in made.networks) == [0, 0, 1]
+    (fallen,) = [network for network in made.networks if network.rollbacks]
+    planned = 3 * fallen.macs * made.steps * 32
+    assert fallen.training_macs > planned and made.training_macs > planned
+    assert "collapsed" in made.findings[-2] and compare(supernet, tmp_path) == made
+
+
+# the command ---------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Run, "open", lambda *_: pytest.fail("the run was opened"))
+    assert main(["trust", str(tmp_path), "--plot", str(tmp_path / "x.zip")]) == 2
+    out, err = capsys.readouterr()
+    assert "expected one of the formats" in err and "svg" in err and not out
+
+
+def test_the_table_is_printed_before_the_picture_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = report([0.50, 0.60, 0.85, 0.80], [0.60, 0.80, 0.78, 0.90])
+    (tmp_path / "file").write_text("")
+    run = Run(tmp_path, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(Run, "open", lambda *_: run)
+    monkeypatch.setattr(Run, "trust", lambda *_: made)
+    assert main(["trust", str(tmp_path), "--plot", str(tmp_path / "file" / "x.png")]) != 0  # no folder
+    assert capsys.readouterr().out.rstrip("\n") == str(made)
