@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	@echo "Results: $(DEMO)/front.json, $(DEMO)/front.png and the exported model under $(DEMO)/exports/"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
