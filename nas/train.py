@@ -357,7 +357,7 @@ class _Trainer:
             # the loss would only show it one step later, when the checkpoint is spoilt too
             raise _Collapse(f"{spoilt or 'a tensor of another process'} is not finite")
         if good:
-            self._good = {name: tensor.detach().clone() for name, tensor in tensors.items()}, state
+            self._good = _on_cpu(tensors), state
         if self.folder is not None and self.workers.is_first:
             if good:
                 save_checkpoint(self.folder / GOOD, self.step, tensors, state)
@@ -421,7 +421,7 @@ class _Trainer:
         found, self._good = self.workers.broadcast(kept)
         if self._good is None:  # nothing is good yet but the beginning
             tensors, state = self._pack()
-            self._good = {name: tensor.detach().clone() for name, tensor in tensors.items()}, state
+            self._good = _on_cpu(tensors), state
         if found is not None:
             self._unpack(*found)
         if self.folder is not None and self.workers.is_first:
@@ -466,6 +466,11 @@ def load_weights(supernet: Supernet, tensors: Tensors) -> None:
     """Put the weights of a checkpoint into a supernet of the same space: their average, if one was kept."""
     supernet.load_state_dict(_under("weights/", tensors))
     supernet.load_state_dict(_under("average/", tensors), strict=False)
+
+
+def _on_cpu(tensors: Tensors) -> Tensors:
+    """Copies, which do not take the memory of a GPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:
