@@ -144,8 +144,7 @@ def segment_starts(network: Network, segments: int) -> list[int]:
 class _Relu6(torch.autograd.Function):
     """ReLU6 in place, whose backward pass needs its result only.
 
-    torch's own keeps a copy of what it overwrites: the same gradients, with a quarter more memory and, on a CPU,
-    a tenth more time for a training step.
+    torch's own keeps a copy of what it overwrites: the same gradients, for more memory and time.
     """
 
     @staticmethod

@@ -360,12 +360,7 @@ STRATEGIES: Mapping[str, Callable[[SearchSpace, int, int, StrategySettings], Str
 
 def sample(space: SearchSpace, rng: np.random.Generator) -> Architecture:
     """Every choice uniform and independent; precisions do not change weights, so they stay at the first option."""
-    return unquantized(space, space.sample(rng))
-
-
-def unquantized(space: SearchSpace, architecture: Architecture) -> Architecture:
-    """The architecture with every precision at its first option."""
-    return space.unquantized(architecture)
+    return space.unquantized(space.sample(rng))
 
 
 def middle(space: SearchSpace) -> Architecture:

@@ -57,7 +57,7 @@ def crop_of(name: str, full: Shape, shape: Shape) -> Crop | None:
 
 def cropped(full: Tensor, crop: Crop | None) -> Tensor:
     """The part of a shared tensor that an occurrence uses: a view of what has one axis, so that statistics can be
-    updated, and else contiguous, without which the backward pass of a convolution takes a quarter longer."""
+    updated, and else contiguous, without which the backward pass of a convolution takes longer on a CPU."""
     if crop is None:
         return full
     return full[: crop[1]] if len(crop) == 2 else F.pad(full, crop)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -28,26 +29,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import about, finish, out_option
+from common import about, finish, out_option, recipe_space
 from torch.profiler import ProfilerActivity, profile
 
 from nas.supernet import Supernet
 from search_spaces import MobileNet, SearchSpace
-
-
-def _cifar() -> SearchSpace:
-    """The space of experiments/cifar10.yaml."""
-    return MobileNet(
-        resolutions=(32,),
-        widths=(24, 40, 72),
-        strides=(2, 2, 1),
-        depths=(1, 2, 3),
-        kernels=(3, 5),
-        expansions=(2, 4),
-        stem_width=16,
-        head_width=192,
-        precisions=("fp32",),
-    )
 
 
 def _large() -> SearchSpace:
@@ -65,7 +51,10 @@ def _large() -> SearchSpace:
 
 
 STATUS = Path("/proc/self/status")
-SPACES: Mapping[str, Callable[[], SearchSpace]] = {"cifar_32px": _cifar, "mobilenet_96px": _large}
+SPACES: Mapping[str, Callable[[], SearchSpace]] = {
+    "cifar_32px": partial(recipe_space, "cifar10", precisions=["fp32"]),
+    "mobilenet_96px": _large,
+}
 
 
 class Pass:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from arms import Item, by_arm, compared, piece_options, run
+from common import recipe_space
 from equal_flops import RECIPE, SPACE, accuracies, chosen
 
 from hardware_profiles.machine import Machine, this_machine
@@ -34,7 +35,7 @@ from nas.distributed import Workers, workers
 from nas.strategies import Pass, Step
 from nas.train_settings import ARITHMETICS
 from nas.train_step import Batch, StepRunner
-from search_spaces import Architecture, SearchSpace, build_space
+from search_spaces import Architecture, SearchSpace
 
 TIMED = "cifar10"  # the recipe of what is timed
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")  # as Linux names them, on x86 and ARM
@@ -198,9 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of each training; bf16 without hardware is slow")
     piece_options(parser, "arithmetic", SEEDS)
     asked = parser.parse_args()
-    experiment = load_experiment(TIMED)
-    space_settings = dict(experiment.space)
-    timed = build_space(space_settings.pop("family"), space_settings), experiment.train
+    timed = recipe_space(TIMED), load_experiment(TIMED).train
 
     def do(item: Item, folder: Path) -> Item:
         data = load_data(asked.data, val_search=2500, val_front=2500, seed=0)

@@ -15,7 +15,9 @@ from typing import Any
 
 from hardware_profiles.files import write_json
 from hardware_profiles.machine import this_machine
+from nas import load_experiment
 from nas.versions import versions
+from search_spaces import SearchSpace, build_space
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -35,6 +37,12 @@ def about(seeds: Sequence[int] = ()) -> dict[str, Any]:
 def _portable(argument: str) -> str:
     """An argument without the folders of this machine."""
     return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+def recipe_space(name: str, **changed: Any) -> SearchSpace:
+    """The space of a shipped recipe, with some of its settings changed."""
+    settings: dict[str, Any] = {**load_experiment(name).space, **changed}
+    return build_space(settings.pop("family"), settings)
 
 
 def out_option(parser: argparse.ArgumentParser, name: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import about, finish, out_option
+from common import about, finish, out_option, recipe_space
 from torch import Tensor, nn
 
 from nas.sampling import sample_spread
@@ -41,19 +41,8 @@ WARM_UP = 2  # rounds that do not count: they allocate gradients and momentum
 
 
 def cifar_space() -> SearchSpace:
-    """The space of experiments/cifar10.yaml, in fp32: precisions do not change a training step."""
-    return MobileNet(
-        resolutions=(32,),
-        widths=(24, 40, 72),
-        width_multipliers=(0.5, 0.75, 1.0),
-        strides=(2, 2, 1),
-        depths=(1, 2, 3),
-        kernels=(3, 5),
-        expansions=(2, 4),
-        stem_width=16,
-        head_width=192,
-        precisions=("fp32",),
-    )
+    """That of experiments/cifar10.yaml, in fp32: precisions do not change a training step."""
+    return recipe_space("cifar10", precisions=["fp32"])
 
 
 def twenty_block_space() -> SearchSpace:

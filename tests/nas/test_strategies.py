@@ -22,7 +22,6 @@ from nas.strategies import (
     cosine,
     middle,
     nested_set,
-    unquantized,
 )
 from nas.train_settings import TrainSettings
 from search_spaces import FAMILIES, Architecture, CompactTransformer, MobileNet, SearchSpace, build_space
@@ -370,6 +369,6 @@ def test_middle_and_unquantized() -> None:
     assert (half["resolution"], half["stage1.depth"], half["stage1.block0.kernel"]) == (10, 2, 5)
     assert half["stage1.block0.squeeze_excite"] is False  # the lower of two
     drawn = WIDE.sample(np.random.default_rng(0))
-    plain = unquantized(WIDE, drawn)
+    plain = WIDE.unquantized(drawn)
     for choice in WIDE.choices:
         assert plain[choice.name] == (choice.options[0] if choice.role == "precision" else drawn[choice.name])

@@ -17,7 +17,7 @@ from torch import Tensor
 from nas.data import Data
 from nas.distributed import Workers
 from nas.regularize import FeatureTap
-from nas.strategies import Pass, Step, unquantized
+from nas.strategies import Pass, Step
 from nas.supernet import Supernet
 from nas.train_settings import TrainSettings
 from nas.train_step import Batch, StepRunner, fastest_arithmetic
@@ -33,9 +33,9 @@ LARGE, SMALL = SPACE.largest, SPACE.smallest
 OTHERS = [
     SPACE.build(dict(architecture.values) | {"stage1.depth": depth})
     for architecture, depth in (
-        (unquantized(SPACE, SPACE.sample(np.random.default_rng(1))), 1),
-        (unquantized(SPACE, SPACE.sample(np.random.default_rng(2))), 2),
-        (unquantized(SPACE, SPACE.sample(np.random.default_rng(3))), 2),
+        (SPACE.unquantized(SPACE.sample(np.random.default_rng(1))), 1),
+        (SPACE.unquantized(SPACE.sample(np.random.default_rng(2))), 2),
+        (SPACE.unquantized(SPACE.sample(np.random.default_rng(3))), 2),
     )
 ]
 
