@@ -10,6 +10,7 @@ from hardware_profiles.device import (
     device_names,
     load_device,
 )
+from hardware_profiles.latency_table import LatencyTable, Predictions
 from hardware_profiles.memory import PLANNERS, UnknownPlanner, flash_bytes, peak_sram_bytes
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "DeviceProfile",
     "InvalidProfile",
     "LatencyModel",
+    "LatencyTable",
     "Prediction",
+    "Predictions",
     "UnavailableCost",
     "UnknownDevice",
     "UnknownPlanner",

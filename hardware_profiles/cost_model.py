@@ -15,7 +15,7 @@ tensor and not once a reader; the image arrives in float. Summing kernels is the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -102,9 +102,14 @@ def conversions(network: Network) -> Iterator[Conversion]:
 
     An integer layer that ends the network writes floats itself, as the exported models do.
     """
-    integer = {INPUT: False}
+    return conversions_of(network.layers, {INPUT: False})
+
+
+def conversions_of(layers: Sequence[Layer], given: Mapping[str, bool]) -> Iterator[Conversion]:
+    """The same for a part of a network, `given` the tensors it is fed with and whether they are integers."""
+    integer = dict(given)
     copied: set[str] = set()
-    for index, layer in enumerate(network.layers):
+    for index, layer in enumerate(layers):
         wanted = layer.precision.is_quantized
         for source, shape in zip(layer.inputs, layer.in_shapes, strict=True):
             if integer[source] != wanted and source not in copied:
@@ -115,14 +120,19 @@ def conversions(network: Network) -> Iterator[Conversion]:
 
 def features(network: Network) -> dict[str, float]:
     """Additive features of a network: `family.precision.quantity` -> total."""
+    return features_of(network.layers, {INPUT: False})
+
+
+def features_of(layers: Sequence[Layer], given: Mapping[str, bool]) -> dict[str, float]:
+    """The same for a part of a network, `given` the tensors it is fed with and whether they are integers."""
     totals: dict[str, float] = {}
-    for layer in network.layers:
+    for layer in layers:
         if layer.kind not in FREE_KINDS:
             precision = layer.precision
             elements = sum(map(prod, layer.in_shapes)) + prod(layer.out_shape)
             moved_bytes = elements * precision.activation_bits / 8
             accumulate(totals, f"{family_of(layer)}.{precision.name}", layer.macs, moved_bytes, layer.weight_bytes)
-    for copy in conversions(network):
+    for copy in conversions_of(layers, given):
         accumulate(totals, f"{copy.family}.int8", 0, copy.elements * 5, 0)  # four bytes on one side, one on the other
     return totals
 
@@ -154,30 +164,37 @@ class AdditiveModel:
 
     def unsupported_layers(self, network: Network) -> tuple[str, ...]:
         """Names of the layers, and `quantize TENSOR` for the conversions, that the model knows no cost of."""
+        return self._unsupported(network.layers, {INPUT: False})
+
+    def _unsupported(self, part: Sequence[Layer], given: Mapping[str, bool]) -> tuple[str, ...]:
         layers = [
             layer.name
-            for layer in network.layers
+            for layer in part
             if layer.kind not in FREE_KINDS and f"{family_of(layer)}.{layer.precision.name}" not in self.supported
         ]
         copies = [
             f"{copy.family} {copy.source}"
-            for copy in conversions(network)
+            for copy in conversions_of(part, given)
             if f"{copy.family}.int8" not in self.supported
         ]
         return (*layers, *copies)
 
     def latency_ms(self, network: Network) -> float:
         """Milliseconds of one forward pass; raises UnsupportedLayer naming what the model was not fitted on."""
-        total = self.constant_ms
-        for name, amount in features(network).items():
+        return self.constant_ms + self.layers_ms(network.layers, {INPUT: False})
+
+    def layers_ms(self, layers: Sequence[Layer], given: Mapping[str, bool]) -> float:
+        """The same for a part of a network, without the constant; `given` as in `features_of`."""
+        total = 0.0
+        for name, amount in features_of(layers, given).items():
             coefficient = self.coefficients.get(name)
             if coefficient is not None:
                 total += coefficient * amount
             elif name.rpartition(".")[0] not in self.supported:
-                raise UnsupportedLayer(self._refusal(network))
+                raise UnsupportedLayer(self._refusal(layers, given))
         return total
 
-    def _refusal(self, network: Network) -> str:
-        layers = self.unsupported_layers(network)
+    def _refusal(self, part: Sequence[Layer], given: Mapping[str, bool]) -> str:
+        layers = self._unsupported(part, given)
         shown = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
         return f"no measurement covers {shown}; this model knows {', '.join(sorted(self.supported))}"

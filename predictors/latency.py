@@ -11,6 +11,7 @@ import numpy as np
 
 from hardware_profiles.cost_model import AdditiveModel, Prediction, features, predicted
 from hardware_profiles.files import write_text
+from hardware_profiles.latency_table import LatencyTable
 from predictors.regression import (
     fit_coefficients,
     folds_of,
@@ -20,7 +21,7 @@ from predictors.regression import (
     scores,
     with_constant,
 )
-from search_spaces import Network
+from search_spaces import Network, SearchSpace
 
 SCHEMA = "fitnest.latency_predictor"
 VERSION = 1
@@ -100,6 +101,13 @@ class LatencyPredictor:
         """A prediction for each network; raises NotFitted, and UnsupportedLayer for a layer never measured."""
         model = self.model
         return [predicted(model.latency_ms(network), self._relative_error) for network in networks]
+
+    def table(self, space: SearchSpace) -> LatencyTable:
+        """The predictor compiled for a space: predictions for (n, number of choices) codes, a million in a second.
+
+        Raises NotFitted. A layer never measured makes a prediction infinite there, since others may be fine.
+        """
+        return LatencyTable(space, self.model, self._relative_error)
 
     def report(self) -> dict[str, Any]:
         """Errors on networks left out of the fit, and those of a line through the MACs on the same folds.

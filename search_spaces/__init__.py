@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 
 from search_spaces.compact_transformer import CompactTransformer
+from search_spaces.cost_table import CostTable
 from search_spaces.layers import INPUT, KINDS, InvalidNetwork, Layer, Network, keeps_quantization
 from search_spaces.mobilenet import MobileNet
 from search_spaces.precision import FP32, INT8, PRECISIONS, Precision, precision_of
@@ -27,6 +28,7 @@ __all__ = [
     "Architecture",
     "Choice",
     "CompactTransformer",
+    "CostTable",
     "InvalidArchitecture",
     "InvalidNetwork",
     "Layer",

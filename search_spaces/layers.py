@@ -456,24 +456,39 @@ class Network:
 def assemble(input_shape: Shape, slots: list[tuple[Layer, ...]], name: str = "") -> Network:
     """Chain the layers of the active slots: resolve `PREV`, and let layers without weights inherit a precision."""
     layers: list[Layer] = []
-    precision_of: dict[str, Precision] = {INPUT: FP32}
-    previous = INPUT
+    previous, precision = INPUT, FP32
     for slot in slots:
-        for raw in slot:
-            inputs, precision = raw.inputs, raw.precision
-            if PREV in inputs:
-                inputs = tuple(previous if source == PREV else source for source in inputs)
-            if KINDS[raw.kind].quantization in ("inherit", "alias"):
-                precision = _inherited(inputs, precision_of)
-            changed = inputs is not raw.inputs or precision is not raw.precision
-            layers.append(replace(raw, inputs=inputs, precision=precision) if changed else raw)
-            precision_of[raw.name] = precision
-        if slot:
-            previous = slot[-1].name
+        chained = chain(slot, previous, precision)
+        layers += chained
+        if chained:
+            previous, precision = chained[-1].name, chained[-1].precision
     return Network(input_shape, tuple(layers), name)
+
+
+def chain(slot: tuple[Layer, ...], previous: str, precision: Precision) -> list[Layer]:
+    """The layers of a slot, fed with the tensor `previous` that was made in `precision`.
+
+    Raises InvalidNetwork for a layer that reads anything else than that tensor and the layers before it in the slot:
+    what a slot costs depends on its own choices and one precision, which is what makes costs sums over slots.
+    """
+    layers: list[Layer] = []
+    precision_of = {previous: precision}
+    for raw in slot:
+        inputs, own = raw.inputs, raw.precision
+        if PREV in inputs:
+            inputs = tuple(previous if source == PREV else source for source in inputs)
+        far = [source for source in inputs if source not in precision_of]
+        if far:
+            raise InvalidNetwork(f"layer {raw.name!r} reads {far[0]!r}; a slot reads {PREV!r} and its own layers")
+        if KINDS[raw.kind].quantization in ("inherit", "alias"):
+            own = _inherited(inputs, precision_of)
+        changed = inputs is not raw.inputs or own is not raw.precision
+        layers.append(replace(raw, inputs=inputs, precision=own) if changed else raw)
+        precision_of[raw.name] = own
+    return layers
 
 
 def _inherited(inputs: tuple[str, ...], precision_of: Mapping[str, Precision]) -> Precision:
     """The one precision that all inputs share, else fp32."""
-    first = precision_of.get(inputs[0], FP32)
-    return first if all(precision_of.get(source, FP32) == first for source in inputs[1:]) else FP32
+    first = precision_of[inputs[0]]
+    return first if all(precision_of[source] == first for source in inputs[1:]) else FP32

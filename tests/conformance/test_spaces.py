@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from nas import Supernet
-from search_spaces import FAMILIES, PRECISIONS, Architecture, Network, SearchSpace, build_space
+from search_spaces import (
+    FAMILIES,
+    PRECISIONS,
+    Architecture,
+    CostTable,
+    Layer,
+    Network,
+    Precision,
+    SearchSpace,
+    build_space,
+)
 from search_spaces.layers import Shape
 from search_spaces.space import Value
 
@@ -95,6 +106,20 @@ def test_slots_change_with_nothing_else(space: SearchSpace, rng: np.random.Gener
         for slot in space.slots:
             mixed = {**b, **{name: a[name] for name in slot.reads}}
             assert slot.build(mixed) == slot.build(a) == slot.lower(mixed)
+
+
+def test_costs_are_sums_over_slots(space: SearchSpace, rng: np.random.Generator) -> None:
+    """MACs, bytes and layers by precision from tables, for codes of which not all are canonical."""
+
+    def costs(layers: Sequence[Layer], _: Precision) -> tuple[int, int, int]:
+        integers = sum(layer.precision.is_quantized for layer in layers)
+        return sum(layer.macs for layer in layers), sum(layer.weight_bytes for layer in layers), integers
+
+    codes = np.stack([rng.integers(len(choice.options), size=100) for choice in space.choices], axis=1)
+    networks = [space.lower(space.from_codes(row)) for row in codes]
+    integers = [sum(layer.precision.is_quantized for layer in network.layers) for network in networks]
+    expected = [[n.macs, n.model_bytes, count] for n, count in zip(networks, integers, strict=True)]
+    assert CostTable(space, costs, 3, np.int64).costs(codes).tolist() == expected
 
 
 def test_layer_names_are_unique_and_belong_to_one_slot(space: SearchSpace, rng: np.random.Generator) -> None:

@@ -43,6 +43,17 @@ def test_it_finds_a_device_that_is_a_sum_over_layers() -> None:
     assert means == pytest.approx(latency, rel=0.01)
 
 
+def test_its_table_predicts_codes_as_it_predicts_networks(fitted: LatencyPredictor) -> None:
+    codes = SPACE.encode([SPACE.sample(np.random.default_rng(5)) for _ in range(3)])
+    single = fitted.predict([SPACE.lower(SPACE.from_codes(row)) for row in codes])
+    together = fitted.table(SPACE).predict(codes)
+    assert together.mean_ms.tolist() == pytest.approx([one.mean_ms for one in single])
+    assert together.high_ms is not None
+    assert together.high_ms.tolist() == pytest.approx([one.high_ms for one in single])
+    with pytest.raises(NotFitted):
+        LatencyPredictor().table(SPACE)
+
+
 def test_the_report_is_close_to_the_error_on_fresh_networks(fitted: LatencyPredictor) -> None:
     networks, latency = measured(60, seed=2, noise=0.02)
     error = np.abs([prediction.mean_ms for prediction in fitted.predict(networks)] / latency - 1)

@@ -161,7 +161,7 @@ def test_networks_that_do_not_fit_together() -> None:
         chain(first, L.conv2d("a", port(first), 4))
     with pytest.raises(InvalidNetwork, match=r"'a' expects \(3, 16, 16\) from 'input', got \(3, 8, 8\)"):
         chain(first, input_shape=(3, 8, 8))
-    with pytest.raises(InvalidNetwork, match="from 'later', got None"):
+    with pytest.raises(InvalidNetwork, match="'b' reads 'later'; a slot reads"):
         chain(L.conv2d("b", Port("later", (3, 16, 16)), 4), first)
     with pytest.raises(InvalidNetwork, match="two layers are called 'input'"):
         chain(L.conv2d(INPUT, IMAGE, 4))
