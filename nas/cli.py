@@ -140,8 +140,8 @@ def _profile(parsed: argparse.Namespace) -> None:
     run = Run.open(parsed.run)
     listed = {device.name: device for device in run.experiment.devices}
     settings = listed.get(parsed.device, DeviceSettings(parsed.device))
-    if parsed.samples:
-        settings = DeviceSettings(parsed.device, parsed.samples)
+    given = {"samples": parsed.samples, "error": parsed.error}
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
     _, device = run.profile(settings)
     print(_summary_of_device(device))
 
@@ -452,7 +452,10 @@ def _parser() -> argparse.ArgumentParser:
 
     profile = verb("profile", _profile, "Profile a device for a run.")
     profile.add_argument("--device", required=True, metavar="NAME|FILE")
-    profile.add_argument("--samples", type=_positive, help="subnets to measure")
+    profile.add_argument("--samples", type=_positive, help="subnets to measure at most")
+    profile.add_argument(
+        "--error", type=float, metavar="SHARE", help="stop at this held-out error (half the 90 %% interval; 0.05)"
+    )
     search = verb("search", _search, "Search the trained supernet of a run and measure the front.")
     search.add_argument("--confidence", type=float, help="0.95: latency limits hold for the upper end of the interval")
     search.add_argument("--trials", type=_positive, help="distinct architectures to evaluate")

@@ -50,14 +50,21 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """A device to profile: a shipped name or a YAML file, and how many subnets to measure where it is measured."""
+    """A device to profile: a shipped name or a YAML file.
+
+    Where it is measured: how many subnets at most, and the held-out error (half the 90 % interval, as a share) at
+    which fewer are enough.
+    """
 
     name: str
-    samples: int = 72
+    samples: int = 120
+    error: float = 0.05
 
     def __post_init__(self) -> None:
         if self.samples < FEWEST_SAMPLES:
             raise BadExperiment(f"{self.name}: samples = {self.samples}; expected {FEWEST_SAMPLES} or more")
+        if not 0 <= self.error < 1:
+            raise BadExperiment(f"{self.name}: error = {self.error}; expected a share such as 0.05, or 0 to spend all")
 
 
 @dataclass(frozen=True)

@@ -162,17 +162,20 @@ class Run:
         if not described.is_measured_live:
             return ProfiledDevice(described)
         path, about = self._predictor_paths(described.name)
-        wanted = {"space": self.space.name, "samples": settings.samples, "seed": self.experiment.seed}
+        plan = {"samples": settings.samples, "error": settings.error, "seed": self.experiment.seed}
+        wanted = {"space": self.space.name, **plan}
         if path.exists() and about.exists() and read_json(about) == wanted | {"sha256": sha256_of(path)}:
             return ProfiledDevice(described, LatencyPredictor.load(path))
-        log.info("profiling %s: measuring %d subnets", described.name, settings.samples)
+        log.info("profiling %s: measuring at most %d subnets", described.name, settings.samples)
         with stage(self.folder, "profile"):
             profiled = profile(
                 self.space,
                 described,
                 samples=settings.samples,
+                error=settings.error,
                 seed=self.experiment.seed,
                 patience_s=self.experiment.patience_s,
+                record=path.with_name(f"{described.name}.measured.json"),
             )
         assert profiled.predictor is not None
         path.parent.mkdir(parents=True, exist_ok=True)

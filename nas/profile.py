@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from hardware_profiles import DeviceProfile
+from hardware_profiles import DeviceProfile, features
+from hardware_profiles.files import read_json, write_json
 from hardware_profiles.host_cpu import measure_models
 from hardware_profiles.machine import int8_weight_limit
 from hardware_profiles.measurement import Measurement, repeat_noise
@@ -17,10 +21,16 @@ from hardware_profiles.onnx_writer import random_ranges, random_weights, write_o
 from nas.costs import ProfiledDevice
 from nas.progress import progress_bar
 from nas.sampling import sample_spread
-from predictors import LatencyPredictor
+from predictors import LatencyPredictor, most_uncertain
+from predictors.regression import matrix_of
 from search_spaces import Architecture, Network, SearchSpace
 
-FEWEST_SAMPLES = 60
+log = logging.getLogger(__name__)
+
+FEWEST_SAMPLES = 40  # below, neither the fit nor what is said of its error is worth much
+BATCH = 12  # subnets measured between two looks at the error, half of them drawn and half the least certain
+CANDIDATES = 400  # subnets that are looked at for the least certain
+RECORD_SCHEMA = "fitnest.measurements.1"
 
 
 def anchor_record() -> Path:
@@ -33,20 +43,29 @@ def profile(
     space: SearchSpace,
     device: DeviceProfile,
     *,
-    samples: int = 72,
+    samples: int = 120,
+    error: float = 0.05,
     seed: int = 0,
     patience_s: float = 180.0,
+    record: Path | None = None,
 ) -> ProfiledDevice:
     """Figures of a device for a space: fitted on measurements where the device is this machine, else as shipped.
 
-    Args:
-        space: whose random subnets, spread over MACs and precisions, are measured.
-        device: from `hardware_profiles.load_device`.
-        samples: subnets to measure; at least 60.
-        seed: which subnets.
-        patience_s: how long to wait for slow phases of the machine to pass.
+    The first subnets are the extremes and a spread over MACs and precisions. Then, batch by batch, half are drawn like
+    those and half are what the predictor is least sure of, until its held-out error is small enough or `samples` are
+    measured. The error is that of the drawn ones.
 
-    Raises hardware_profiles.host_cpu.NoisyMachine when the machine stays slow, ValueError for too few samples.
+    Args:
+        space: whose random subnets are measured.
+        device: from `hardware_profiles.load_device`.
+        samples: subnets to measure at most, the extremes aside; at least 40.
+        error: half the 90 % interval, as a share of the prediction, at which to stop.
+        seed: which subnets.
+        patience_s: how long to wait for slow phases of the machine to pass, in each batch.
+        record: JSON file that keeps what is measured, batch by batch; a profile that was stopped goes on from it.
+
+    Raises hardware_profiles.host_cpu.NoisyMachine when the machine stays slow, ValueError for too few samples or a
+    record that is none.
     """
     if not device.is_measured_live:
         return ProfiledDevice(device)
@@ -54,28 +73,127 @@ def profile(
         raise ValueError(
             f"{samples} samples are too few to fit and judge a predictor; expected {FEWEST_SAMPLES} or more"
         )
-    architectures = [*_extremes(space, device), *sample_spread(space, samples, np.random.default_rng([seed, 8]))]
-    architectures = list(dict.fromkeys(architectures))
-    measured = measure_untrained(space, architectures, device, seed=seed, patience_s=patience_s)
-    networks = [space.lower(a) for a in architectures]
-    latencies = [measured[a.id].latency_ms for a in architectures]
-    first = next(iter(measured.values())).provenance
-    predictor = LatencyPredictor(seed=seed).fit(
-        networks,
-        latencies,
-        {
-            "device": first.device,
-            "runtime": first.runtime,
-            "threads": first.threads,
-            "batch": first.batch,
-            "cpu": first.cpu,
-            "date": first.date,
-            "anchor_ms": first.anchor_ms,
-            "networks": len(networks),
-            "architectures": list(measured),
-        },
-    )
-    return ProfiledDevice(device, predictor)
+    plan = _Plan(space, device, samples, seed)
+    found = _read_record(record, space)
+    history: list[tuple[int, float]] = []
+    while True:
+        missing = [architecture for architecture in plan.measured if architecture.id not in found]
+        if missing:
+            new = measure_untrained(space, missing, device, seed=seed, patience_s=patience_s)
+            found = _of_one_kind(found, new)
+            _write_record(record, space, found)
+            continue  # with what was measured otherwise before
+        predictor = _fit(plan, found, history, seed)
+        reached = history[-1][1]
+        log.info("%d subnets measured: 90 %% of those left out are within %.1f %%", len(plan.measured), 100 * reached)
+        if reached <= error or not plan.extend(predictor, [found[one.id].latency_ms for one in plan.measured]):
+            return ProfiledDevice(device, predictor)
+
+
+class _Plan:
+    """Which subnets are measured: extremes, `taken` of the drawn ones, and those picked for being uncertain."""
+
+    def __init__(self, space: SearchSpace, device: DeviceProfile, samples: int, seed: int) -> None:
+        self.space, self.samples, self.seed = space, samples, seed
+        self.extremes = _extremes(space, device)
+        # one spread after the other, so that who asks for more samples keeps those there are
+        spreads = [_shuffled_spread(space, FEWEST_SAMPLES, [seed, 8, i]) for i in range(-(-samples // FEWEST_SAMPLES))]
+        self.drawn = list(dict.fromkeys(one for spread in spreads for one in spread))[:samples]
+        self.taken = FEWEST_SAMPLES
+        self.picked: list[Architecture] = []
+
+    @property
+    def measured(self) -> list[Architecture]:
+        return list(dict.fromkeys([*self.extremes, *self.drawn[: self.taken], *self.picked]))
+
+    @property
+    def representative(self) -> list[bool]:
+        """Which of `measured` were drawn."""
+        drawn = set(self.drawn[: self.taken])
+        return [one in drawn for one in self.measured]
+
+    @cached_property
+    def candidates(self) -> list[tuple[Architecture, dict[str, float]]]:
+        drawn = sample_spread(self.space, CANDIDATES, np.random.default_rng([self.seed, 8]))
+        return [(one, features(self.space.lower(one))) for one in drawn]
+
+    def extend(self, predictor: LatencyPredictor, latency_ms: Sequence[float]) -> bool:
+        """Add a batch; False where the samples are spent or the space is used up."""
+        before = len(self.measured)
+        room = self.samples - min(self.taken, len(self.drawn)) - len(self.picked)
+        self.taken += min(BATCH // 2, room)
+        measured = self.measured
+        left = [(one, row) for one, row in self.candidates if one not in set(measured)]
+        rows = [features(self.space.lower(one)) for one in measured[:before]]
+        names = sorted({name for row in [*rows, *(row for _, row in left)] for name in row})
+        known = matrix_of(rows, names) / np.array(latency_ms)[:, None]
+        ahead = matrix_of([row for _, row in left], names)
+        model = predictor.model
+        predicted_ms = ahead @ [model.coefficients.get(name, 0.0) for name in names] + model.constant_ms
+        chosen = most_uncertain(known, ahead / predicted_ms[:, None], min(BATCH // 2, room - BATCH // 2))
+        self.picked += [left[index][0] for index in chosen]
+        return len(self.measured) > before
+
+
+def _fit(
+    plan: _Plan, found: Mapping[str, Measurement], history: list[tuple[int, float]], seed: int
+) -> LatencyPredictor:
+    """The predictor on what is measured; its error is added to the history."""
+    measured = plan.measured
+    first = found[measured[0].id].provenance
+    predictor = LatencyPredictor(seed=seed)
+    networks = [plan.space.lower(one) for one in measured]
+    latencies = [found[one.id].latency_ms for one in measured]
+    provenance = {
+        "device": first.device,
+        "runtime": first.runtime,
+        "threads": first.threads,
+        "batch": first.batch,
+        "cpu": first.cpu,
+        "date": first.date,
+        "anchor_ms": first.anchor_ms,
+        "networks": len(networks),
+        "architectures": [one.id for one in measured],
+        "history": list(history),  # of the batches before: (subnets, half the 90 % interval)
+    }
+    predictor.fit(networks, latencies, provenance, representative=plan.representative)
+    history.append((len(measured), round(predictor.report()["relative_error_90"], 5)))
+    return predictor
+
+
+def _of_one_kind(old: Mapping[str, Measurement], new: Mapping[str, Measurement]) -> dict[str, Measurement]:
+    """Both together, without the old ones that were measured otherwise than the new."""
+    key = next(iter(new.values())).provenance.key
+    same = {name: one for name, one in old.items() if one.provenance.key == key}
+    if len(same) < len(old):
+        log.warning("%d earlier measurements were made otherwise (%s now) and are not used", len(old) - len(same), key)
+    return {**same, **new}
+
+
+def _read_record(path: Path | None, space: SearchSpace) -> dict[str, Measurement]:
+    """What an earlier profile of the same space measured; raises ValueError for a file that is no record."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        record: dict[str, Any] = read_json(path)
+        if record["schema"] != RECORD_SCHEMA:
+            raise ValueError(f"schema {record['schema']!r}, expected {RECORD_SCHEMA!r}")
+        held = {name: Measurement.from_json(one) for name, one in record["measurements"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a record of measurements ({error}); delete it") from None
+    return held if record["space"] == space.name else {}
+
+
+def _write_record(path: Path | None, space: SearchSpace, found: Mapping[str, Measurement]) -> None:
+    if path is not None:
+        held = {name: one.to_json() for name, one in found.items()}
+        write_json(path, {"schema": RECORD_SCHEMA, "space": space.name, "measurements": held})
+
+
+def _shuffled_spread(space: SearchSpace, count: int, seed: Sequence[int]) -> list[Architecture]:
+    rng = np.random.default_rng(seed)
+    spread = sample_spread(space, count, rng)
+    return [spread[int(i)] for i in rng.permutation(len(spread))]
 
 
 def _extremes(space: SearchSpace, device: DeviceProfile) -> list[Architecture]:

@@ -2,5 +2,6 @@
 
 from hardware_profiles.cost_model import Prediction, UnsupportedLayer
 from predictors.latency import LatencyPredictor, NotFitted
+from predictors.plan import most_uncertain
 
-__all__ = ["LatencyPredictor", "NotFitted", "Prediction", "UnsupportedLayer"]
+__all__ = ["LatencyPredictor", "NotFitted", "Prediction", "UnsupportedLayer", "most_uncertain"]

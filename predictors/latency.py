@@ -70,8 +70,13 @@ class LatencyPredictor:
         networks: Sequence[Network],
         latency_ms: Sequence[float] | np.ndarray,
         provenance: Mapping[str, Any] | None = None,
+        *,
+        representative: Sequence[bool] | None = None,
     ) -> LatencyPredictor:
         """Fit on n networks and their latencies (n,), all measured under the conditions of `provenance`.
+
+        `representative` (n,) marks the networks that were drawn like those to be predicted: errors and interval are
+        theirs only, since networks picked for being uncertain say nothing about the others. By default all are.
 
         Raises ValueError for fewer than 10 distinct networks, lengths that differ, or a latency that is not a
         positive number.
@@ -82,17 +87,20 @@ class LatencyPredictor:
         matrix = matrix_of(rows, names)
         _check(matrix, latency)
         fold = folds_of(matrix, self.folds, np.random.default_rng(self.seed))
-        left_out = predict_left_out(with_constant(matrix), latency, fold)
+        judged = np.ones(len(latency), bool) if representative is None else np.asarray(representative, bool)
+        _check_judged(judged, matrix)
+        left_out = predict_left_out(with_constant(matrix), latency, fold)[judged]
         *coefficients, constant = fit_coefficients(with_constant(matrix), latency).tolist()
         self._model = AdditiveModel(dict(zip(names, coefficients, strict=True)), constant)
-        self._relative_error, _ = relative_interval(left_out, latency)
+        self._relative_error, _ = relative_interval(left_out, latency[judged])
         macs = with_constant(np.array([[float(network.macs)] for network in networks]))
         self._report = {
             "networks": len(latency),
+            "judged_on": int(judged.sum()),
             "folds": int(fold.max()) + 1,
-            **scores(left_out, latency),
+            **scores(left_out, latency[judged]),
             "relative_error_90": self._relative_error,
-            "macs_only": scores(predict_left_out(macs, latency, fold), latency),
+            "macs_only": scores(predict_left_out(macs, latency, fold)[judged], latency[judged]),
         }
         self._provenance = dict(provenance or {})
         return self
@@ -156,6 +164,14 @@ def _check(matrix: np.ndarray, latency: np.ndarray) -> None:
     distinct = len(np.unique(matrix, axis=0)) if matrix.size else 0
     if distinct < FEWEST_NETWORKS:
         raise ValueError(f"expected at least {FEWEST_NETWORKS} distinct networks to fit on, got {distinct}")
+
+
+def _check_judged(judged: np.ndarray, matrix: np.ndarray) -> None:
+    if judged.shape != (len(matrix),):
+        raise ValueError(f"expected one mark for each of {len(matrix)} networks, got shape {judged.shape}")
+    distinct = len(np.unique(matrix[judged], axis=0))
+    if distinct < FEWEST_NETWORKS:
+        raise ValueError(f"expected at least {FEWEST_NETWORKS} distinct representative networks, got {distinct}")
 
 
 def _read(path: Path) -> dict[str, Any]:
