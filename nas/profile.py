@@ -77,16 +77,16 @@ def profile(
     found = _read_record(record, space)
     history: list[tuple[int, float]] = []
     while True:
-        missing = [architecture for architecture in plan.measured if architecture.id not in found]
+        missing = [one for one in plan.measured if str(one) not in found]
         if missing:
             new = measure_untrained(space, missing, device, seed=seed, patience_s=patience_s)
-            found = _of_one_kind(found, new)
+            found = _of_one_kind(found, {str(one): new[one.id] for one in missing})
             _write_record(record, space, found)
             continue  # with what was measured otherwise before
         predictor = _fit(plan, found, history, seed)
         reached = history[-1][1]
         log.info("%d subnets measured: 90 %% of those left out are within %.1f %%", len(plan.measured), 100 * reached)
-        if reached <= error or not plan.extend(predictor, [found[one.id].latency_ms for one in plan.measured]):
+        if reached <= error or not plan.extend(predictor, [found[str(one)].latency_ms for one in plan.measured]):
             return ProfiledDevice(device, predictor)
 
 
@@ -140,10 +140,10 @@ def _fit(
 ) -> LatencyPredictor:
     """The predictor on what is measured; its error is added to the history."""
     measured = plan.measured
-    first = found[measured[0].id].provenance
+    first = found[str(measured[0])].provenance
     predictor = LatencyPredictor(seed=seed)
     networks = [plan.space.lower(one) for one in measured]
-    latencies = [found[one.id].latency_ms for one in measured]
+    latencies = [found[str(one)].latency_ms for one in measured]
     provenance = {
         "device": first.device,
         "runtime": first.runtime,
@@ -171,7 +171,7 @@ def _of_one_kind(old: Mapping[str, Measurement], new: Mapping[str, Measurement])
 
 
 def _read_record(path: Path | None, space: SearchSpace) -> dict[str, Measurement]:
-    """What an earlier profile of the same space measured; raises ValueError for a file that is no record."""
+    """What an earlier profile of the space measured, by architecture as text; raises ValueError for any other file."""
     if path is None or not path.exists():
         return {}
     try:

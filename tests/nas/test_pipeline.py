@@ -204,7 +204,7 @@ def test_a_live_device_is_profiled_once_and_its_front_is_measured(
     latency = manifest["devices"]["host-cpu"]["latency_ms"]
     assert set(latency) == {"predicted", "measured"} and latency["measured"]["provenance"]["runtime"]
     assert checks["host-cpu"]["median_error"] < 0.05
-    assert json.loads((run.folder / "devices" / "host-cpu.json").read_text())["report"]["networks"] >= 60
+    assert json.loads((run.folder / "devices" / "host-cpu.json").read_text())["report"]["networks"] >= 40
     calls.clear()
     again = Run.open(run.folder)
     assert everything(again) == (front, manifest) and again.check_predictors() == checks
