@@ -209,9 +209,9 @@ def test_a_live_device_is_profiled_once_and_its_front_is_measured(
     again = Run.open(run.folder)
     assert everything(again) == (front, manifest) and again.check_predictors() == checks
     assert calls == []
-    changed, device = again.profile(DeviceSettings("host-cpu", 64))
+    changed, device = again.profile(DeviceSettings("host-cpu", 64, 0.0))
     assert calls == ["profile"] and Run.open(run.folder).experiment == changed.experiment
-    assert changed.experiment.devices == (DeviceSettings("host-cpu", 64),)
+    assert changed.experiment.devices == (DeviceSettings("host-cpu", 64, 0.0),)
     assert device.key != run.devices["host-cpu"].key
 
 
