@@ -11,13 +11,14 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hardware_profiles.command import CommandSettings, InvalidCommand
 from hardware_profiles.cost_model import FAMILIES, QUANTITIES, AdditiveModel, Prediction, predicted
 from hardware_profiles.memory import PLANNERS, flash_bytes, peak_sram_bytes
 from search_spaces import KINDS, PRECISIONS, Network
@@ -50,6 +51,7 @@ class LatencyModel:
         error is not known; `measured`: there is no model, the device is at hand and is measured.
     relative_error: half the 90 % interval over the prediction, from networks left out of the fit.
     held_out: those errors in full (shares of the latency), beside those of a model that knows MACs only.
+    command: what measures the device, where it is measured and is not this machine.
     """
 
     origin: str
@@ -57,6 +59,7 @@ class LatencyModel:
     additive: AdditiveModel | None = None
     relative_error: float | None = None
     held_out: Mapping[str, float] = field(default_factory=dict)
+    command: CommandSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,8 +285,9 @@ def _memory(section: _Section | None, sources: dict[str, str]) -> dict[str, Any]
 def _latency(section: _Section) -> LatencyModel:
     origin, source = section.text("origin", choices=ORIGINS), section.text("source")
     if origin == "measured":
+        command = _command(section)
         section.done()
-        return LatencyModel(origin, source)
+        return LatencyModel(origin, source, command=command)
     constant_ms = section.number("constant_ms")
     coefficients = section.section("coefficients_ms")
     assert coefficients is not None
@@ -305,3 +309,14 @@ def _latency(section: _Section) -> LatencyModel:
         held_out = {name: errors.number(name, lowest=-1.0) for name in list(errors.left)}
     section.done()
     return LatencyModel(origin, source, AdditiveModel(values, constant_ms), relative_error, held_out)
+
+
+def _command(section: _Section) -> CommandSettings | None:
+    command = section.take("command", None)
+    if command is None:
+        return None
+    others = {each.name: section.take(each.name, each.default) for each in fields(CommandSettings)[1:]}
+    try:
+        return CommandSettings(command, **others)
+    except InvalidCommand as error:
+        raise InvalidProfile(f"{section.file}: {section.path(str(error))}") from None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from statistics import median
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a latency comes from. `precision` is fp32, int8 or mixed; `date` is UTC, ISO 8601.
+    """Where a latency comes from. `precision` is fp32, int8 or mixed; `date` is UTC, ISO 8601, empty if not known.
 
-    `anchor_ms` is what the anchor network took meanwhile: the state of the machine.
+    `cpu` is the processor, or what the user calls the hardware of a device that is not this machine. `anchor_ms`
+    is what the anchor network took meanwhile: the state of the machine; None where there was none.
     """
 
     device: str
@@ -22,7 +23,7 @@ class Provenance:
     precision: str
     cpu: str
     date: str
-    anchor_ms: float
+    anchor_ms: float | None
 
     @property
     def key(self) -> tuple[str, str, int, int, str]:
@@ -36,16 +37,17 @@ class Measurement:
 
     `latency_ms` is the 20 % quantile of the medians of the accepted rounds; `p50_ms` and `p95_ms` are over
     all their single runs, and `spread` is the scaled median absolute deviation of the round medians over
-    their median.
+    their median, None where nobody knows it. `outliers` runs were dropped before.
     """
 
     latency_ms: float
     p50_ms: float
     p95_ms: float
-    spread: float
+    spread: float | None
     rounds: int
     runs_per_round: int
     provenance: Provenance
+    outliers: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,12 +61,12 @@ class Measurement:
 
 
 def _check_fields(record: type, data: Any) -> None:
-    expected = {field.name for field in fields(record)}
+    known = {field.name for field in fields(record)}
+    needed = {field.name for field in fields(record) if field.default is MISSING}  # files may be older than the rest
     found = set(data) if isinstance(data, Mapping) else set()
-    if found != expected:
+    if not needed <= found <= known:
         raise ValueError(
-            f"not a {record.__name__}: missing {sorted(expected - found)}, unknown {sorted(found - expected)}; "
-            "measure again"
+            f"not a {record.__name__}: missing {sorted(needed - found)}, unknown {sorted(found - known)}; measure again"
         )
 
 

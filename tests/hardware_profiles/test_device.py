@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from hardware_profiles.command import CommandSettings
 from hardware_profiles.cost_model import UnsupportedLayer, features
 from hardware_profiles.device import (
     SHIPPED,
@@ -196,3 +197,35 @@ def test_what_is_no_profile_at_all_is_refused_in_one_line(tmp_path: Path, conten
     with pytest.raises(InvalidProfile) as caught:
         load_device(path)
     assert "\n" not in str(caught.value)
+
+
+MEASURED = {"origin": "measured", "source": "measured through adb"}
+
+
+def test_a_device_may_be_measured_by_a_command(tmp_path: Path) -> None:
+    command = "adb-latency.sh {model}"
+    settings = {"timeout_s": 60, "retries": 0, "repeats": 7, "anchor": False}
+    for given in ({}, settings):
+        model = load_device(write(tmp_path, {"latency": {**MEASURED, "command": command, **given}})).latency_model
+        assert model.command == CommandSettings(command, **given)
+    assert load_device(write(tmp_path, {"latency": MEASURED})).latency_model.command is None
+    assert load_device("host-cpu").latency_model.command is None
+
+
+@pytest.mark.parametrize(
+    ("latency", "message"),
+    [
+        ({"command": "adb shell bench"}, r"latency\.command: no \{model\} in 'adb shell bench'"),
+        ({"command": 3}, r"latency\.command: expected a text"),
+        ({"command": "run {model}", "timeout_s": "1min"}, r"latency\.timeout_s: expected seconds above 0, got '1min'"),
+        ({"command": "run {model}", "repeat": 3}, r"unknown key 'latency\.repeat'; did you mean 'repeats'\?"),
+        ({"timeout_s": 3}, r"unknown key 'latency\.timeout_s'"),
+        ({"comand": "run {model}"}, r"unknown key 'latency\.comand'; did you mean 'command'\?"),
+        ({"origin": "derived", "command": "run {model}"}, r"missing key 'latency\.constant_ms'"),
+    ],
+)
+def test_a_wrong_command_is_refused_in_one_line(tmp_path: Path, latency: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, {"latency": {**MEASURED, **latency}})
+    with pytest.raises(InvalidProfile, match=message) as caught:
+        load_device(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
