@@ -208,8 +208,8 @@ def test_time_out_ends_the_whole_process_group(tmp_path: Path, stubborn: str, mo
         f"{stubborn}sh -c 'echo $$ >> {pids}; sleep 60; sleep 60' & echo $$ >> {pids}; echo waiting; wait; sleep 60"
     )
     started = time.monotonic()
-    message = _failure(script, 0.4)
-    assert message == "the command did not end within 0.4 s and was killed; its last line on stdout: 'waiting'"
+    message = _failure(script, 0.8)
+    assert message == "the command did not end within 0.8 s and was killed; its last line on stdout: 'waiting'"
     assert time.monotonic() - started < 5.0
     child, leader = sorted(map(int, pids.read_text().split()), reverse=True)
     assert child != leader
@@ -219,7 +219,7 @@ def test_time_out_ends_the_whole_process_group(tmp_path: Path, stubborn: str, mo
 
 
 def test_a_script_may_tidy_up_when_time_is_out(tmp_path: Path) -> None:
-    _failure(f"trap 'echo tidy > {tmp_path}/done; exit' TERM; sleep 60 & wait", 0.3)
+    _failure(f"trap 'echo tidy > {tmp_path}/done; exit' TERM; sleep 60 & wait", 0.8)
     assert (tmp_path / "done").read_text() == "tidy\n"
 
 
@@ -233,7 +233,7 @@ def test_an_interrupt_ends_the_command(tmp_path: Path, monkeypatch: pytest.Monke
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        signal.setitimer(signal.ITIMER_REAL, 0.8)
         with pytest.raises(KeyboardInterrupt):
             _shell(f"echo $$ > {pid}; sleep 60", 30.0)
     finally:
@@ -249,7 +249,8 @@ def test_what_is_left_in_the_background_neither_blocks_nor_is_killed(tmp_path: P
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # ProcessLookupError where it was killed before
 
 
-def test_output_without_end_is_refused() -> None:
+def test_output_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "GRACE_S", 0.1)
     assert _failure("yes").startswith("the command wrote more than 1,048,576 bytes and was killed; its last line")
     assert "more than" in _failure("yes >&2")
 
