@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from common import about, finish, out_option, recipe_space
-from scipy.stats import spearmanr
 
 from hardware_profiles import features, load_device
 from hardware_profiles.files import read_json
@@ -88,6 +87,8 @@ def judged(
 
 
 def _errors(predicted_ms: np.ndarray, measured_ms: np.ndarray) -> dict[str, float]:
+    from scipy.stats import spearmanr
+
     error = np.abs(predicted_ms / measured_ms - 1)
     return {
         "within_10_percent": float((error <= 0.1).mean()),

@@ -83,6 +83,6 @@ def test_a_hundred_thousand_architectures_take_a_fraction_of_a_second() -> None:
     codes = random_codes(MOBILE, 100_000)
     table = LatencyTable(MOBILE, random_model(MOBILE, codes[:200]))
     table.predict(codes[:1000])
-    started = time.perf_counter()
+    started = time.process_time()
     table.predict(codes)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
