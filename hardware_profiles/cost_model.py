@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Literal
 
 from search_spaces import INPUT, Layer, Network
 from search_spaces.layers import FREE_ACTIVATIONS
@@ -60,7 +61,7 @@ class Prediction:
     mean_ms: float
     low_ms: float | None
     high_ms: float | None
-    origin: str = "predicted"
+    origin: Literal["predicted", "simulated"] = "predicted"
 
 
 def predicted(mean_ms: float, relative_error: float | None) -> Prediction:

@@ -21,12 +21,13 @@ import yaml
 from hardware_profiles.command import CommandSettings, InvalidCommand
 from hardware_profiles.cost_model import FAMILIES, QUANTITIES, AdditiveModel, Prediction, predicted
 from hardware_profiles.memory import PLANNERS, flash_bytes, peak_sram_bytes
+from hardware_profiles.vela import ACCELERATORS, estimate
 from search_spaces import KINDS, PRECISIONS, Network
 
 SHIPPED = Path(__file__).parent / "devices"
 SCHEMA = 1
 DEVICE_KINDS = ("cpu", "mcu", "gpu", "npu")
-ORIGINS = ("fitted", "derived", "measured")
+ORIGINS = ("fitted", "derived", "measured", "simulated")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _REQUIRED = object()
 
@@ -48,10 +49,12 @@ class LatencyModel:
     """Where the latencies of a device come from.
 
     origin: `fitted` to measurements of this device; `derived` from a model of another one, so that its
-        error is not known; `measured`: there is no model, the device is at hand and is measured.
+        error is not known; `measured`: there is no model, the device is at hand and is measured; `simulated`:
+        a compiler's estimate for an accelerator, whose error is not known either.
     relative_error: half the 90 % interval over the prediction, from networks left out of the fit.
     held_out: those errors in full (shares of the latency), beside those of a model that knows MACs only.
     command: what measures the device, where it is measured and is not this machine.
+    accelerator: which of `vela.ACCELERATORS` is simulated.
     """
 
     origin: str
@@ -60,6 +63,31 @@ class LatencyModel:
     relative_error: float | None = None
     held_out: Mapping[str, float] = field(default_factory=dict)
     command: CommandSettings | None = None
+    accelerator: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """The energy of one forward pass of one sample, in microjoules, with its 90 % interval where that is known."""
+
+    mean_uj: float
+    low_uj: float | None
+    high_uj: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyModel:
+    """Energy as a power times the latency: what a board draws while it computes hardly depends on the network.
+
+    relative_error: half the 90 % interval over the prediction, that of the latency included.
+    held_out: errors on networks left out of both fits, beside those of the measured latency and of the MACs only.
+    """
+
+    origin: str
+    source: str
+    power_mw: float
+    relative_error: float | None = None
+    held_out: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +96,9 @@ class DeviceProfile:
 
     precisions: kind of layer -> names of the precisions it may have; a kind that is absent cannot run.
     planner: which of `memory.PLANNERS` the runtime's memory is modelled by; None where SRAM is no concern.
-    sram_overhead: what a runtime needs on top of the planned peak, as a share of it.
+    sram_overhead, sram_overhead_bytes: what a runtime needs on top of the planned peak, as a share of it and as a
+        number of bytes.
+    energy_model: None where no energy was measured.
     sources: dotted key of the file -> where its number comes from.
     """
 
@@ -83,7 +113,9 @@ class DeviceProfile:
     flash_limit_bytes: int | None = None
     planner: str | None = None
     sram_overhead: float = 0.0
+    sram_overhead_bytes: int = 0
     flash_overhead_bytes: int = 0
+    energy_model: EnergyModel | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -100,7 +132,7 @@ class DeviceProfile:
         """Peak SRAM of one forward pass, the runtime's own included; raises UnavailableCost without a planner."""
         if self.planner is None:
             raise UnavailableCost(f"{self.name} has no memory planner; only profiles with one give sram_bytes")
-        return ceil(peak_sram_bytes(network, self.planner) * (1 + self.sram_overhead))
+        return ceil(peak_sram_bytes(network, self.planner) * (1 + self.sram_overhead)) + self.sram_overhead_bytes
 
     def flash_bytes(self, network: Network) -> int:
         """Stored parameters and the runtime's code."""
@@ -109,9 +141,15 @@ class DeviceProfile:
     def latency(self, network: Network) -> Prediction:
         """The predicted latency of one forward pass of one sample.
 
-        Raises UnavailableCost where the device is measured instead, and UnsupportedLayer naming the layers
-        that no measurement covers. Whether the layers are legal is `illegal_layers`' business.
+        Raises UnavailableCost where the device is measured instead or its simulator is not installed, and
+        UnsupportedLayer naming the layers that no measurement covers. Whether the layers are legal is
+        `illegal_layers`' business.
         """
+        if self.latency_model.accelerator is not None:
+            try:
+                return Prediction(estimate(network, self.latency_model.accelerator), None, None, "simulated")
+            except ImportError as error:
+                raise UnavailableCost(f"{self.name}: {error}") from None
         additive = self.latency_model.additive
         if additive is None:
             raise UnavailableCost(
@@ -119,6 +157,14 @@ class DeviceProfile:
                 "fit a predictors.LatencyPredictor on measurements of it"
             )
         return predicted(additive.latency_ms(network), self.latency_model.relative_error)
+
+    def energy(self, latency_ms: float) -> Energy:
+        """The predicted energy of a forward pass of that latency; raises UnavailableCost where none was measured."""
+        model = self.energy_model
+        if model is None:
+            raise UnavailableCost(f"{self.name} has no energy model; no energy of it was measured")
+        known = predicted(model.power_mw * latency_ms, model.relative_error)
+        return Energy(known.mean_ms, known.low_ms, known.high_ms)
 
 
 def device_names() -> tuple[str, ...]:
@@ -226,8 +272,21 @@ def _profile(top: _Section) -> DeviceProfile:
     latency_section = top.section("latency")
     assert latency_section is not None
     latency = _latency(latency_section)
+    energy = _energy(top.section("energy", optional=True))
     top.done()
-    return DeviceProfile(name, title, kind, runtime, threads, precisions, latency, **limits, **memory, sources=sources)
+    return DeviceProfile(
+        name,
+        title,
+        kind,
+        runtime,
+        threads,
+        precisions,
+        latency,
+        **limits,
+        **memory,
+        energy_model=energy,
+        sources=sources,
+    )
 
 
 def _sourced(section: _Section, name: str, sources: dict[str, str]) -> _Section:
@@ -269,16 +328,13 @@ def _precisions(top: _Section, sources: dict[str, str]) -> dict[str, tuple[str, 
 def _memory(section: _Section | None, sources: dict[str, str]) -> dict[str, Any]:
     if section is None:
         return {}
-    planner = section.text("planner", choices=PLANNERS)
-    sram = _sourced(section, "sram_overhead", sources)
-    flash = _sourced(section, "flash_overhead_bytes", sources)
-    found = {
-        "planner": planner,
-        "sram_overhead": sram.number("value"),
-        "flash_overhead_bytes": flash.integer("value"),
-    }
-    for inner in (sram, flash, section):
+    found: dict[str, Any] = {"planner": section.text("planner", choices=PLANNERS)}
+    overheads = [name for name in ("sram_overhead", "sram_overhead_bytes") if name in section.left]
+    for name in (*(overheads or ["sram_overhead"]), "flash_overhead_bytes"):
+        inner = _sourced(section, name, sources)
+        found[name] = inner.number("value") if name == "sram_overhead" else inner.integer("value")
         inner.done()
+    section.done()
     return found
 
 
@@ -288,6 +344,10 @@ def _latency(section: _Section) -> LatencyModel:
         command = _command(section)
         section.done()
         return LatencyModel(origin, source, command=command)
+    if origin == "simulated":
+        accelerator = section.text("accelerator", choices=ACCELERATORS)
+        section.done()
+        return LatencyModel(origin, source, accelerator=accelerator)
     constant_ms = section.number("constant_ms")
     coefficients = section.section("coefficients_ms")
     assert coefficients is not None
@@ -300,13 +360,7 @@ def _latency(section: _Section) -> LatencyModel:
                 f"{section.file}: {coefficients.path(name)}: expected FAMILY.PRECISION.QUANTITY"
                 f"{_nearest(family, FAMILIES)}"
             )
-    held_out: dict[str, float] = {}
-    relative_error = None
-    if origin == "fitted":
-        relative_error = section.number("relative_error")
-        errors = section.section("held_out")
-        assert errors is not None
-        held_out = {name: errors.number(name, lowest=-1.0) for name in list(errors.left)}
+    relative_error, held_out = _errors(section) if origin == "fitted" else (None, {})
     section.done()
     return LatencyModel(origin, source, AdditiveModel(values, constant_ms), relative_error, held_out)
 
@@ -320,3 +374,21 @@ def _command(section: _Section) -> CommandSettings | None:
         return CommandSettings(command, **others)
     except InvalidCommand as error:
         raise InvalidProfile(f"{section.file}: {section.path(str(error))}") from None
+
+
+def _energy(section: _Section | None) -> EnergyModel | None:
+    if section is None:
+        return None
+    origin, source = section.text("origin", choices=("fitted", "derived")), section.text("source")
+    power_mw = section.number("power_mw")
+    relative_error, held_out = _errors(section) if origin == "fitted" else (None, {})
+    section.done()
+    return EnergyModel(origin, source, power_mw, relative_error, held_out)
+
+
+def _errors(section: _Section) -> tuple[float, dict[str, float]]:
+    """Half the 90 % interval, and the errors on networks left out."""
+    relative_error = section.number("relative_error")
+    errors = section.section("held_out")
+    assert errors is not None
+    return relative_error, {name: errors.number(name, lowest=-1.0) for name in list(errors.left)}

@@ -49,14 +49,39 @@ def write(folder: Path, change: dict[str, Any]) -> Path:
 
 
 def test_the_shipped_devices_load_under_their_names() -> None:
-    assert device_names() == ("adreno540", "host-cpu", "stm32f746", "stm32h743")
+    kinds = {
+        "adreno540": "gpu",
+        "ethos-u55-128": "npu",
+        "host-cpu": "cpu",
+        "nrf5340-cmsisnn": "mcu",
+        "stm32f746": "mcu",
+        "stm32h743": "mcu",
+        "stm32h743-tflm": "mcu",
+        "stm32h743-tflm-cmsis": "mcu",
+        "stm32h743-xcubeai": "mcu",
+        "stm32h7a3-xcubeai": "mcu",
+        "stm32l4r5-cmsisnn": "mcu",
+        "stm32l4r5-xcubeai": "mcu",
+        "stm32u575-xcubeai": "mcu",
+    }
+    assert device_names() == tuple(sorted(kinds))
     for name in device_names():
         profile = load_device(name)
         assert profile.name == name
         assert profile.latency_model.source
         assert all(profile.sources.values())
-    kinds = {name: load_device(name).kind for name in device_names()}
-    assert kinds == {"adreno540": "gpu", "host-cpu": "cpu", "stm32f746": "mcu", "stm32h743": "mcu"}
+        assert profile.kind == kinds[name]
+        assert profile.energy_model is None or profile.energy_model.source
+
+
+def test_the_library_is_part_of_a_microcontrollers_profile() -> None:
+    """One chip, four libraries: the reference kernels take ten times the vendor's time for the same network."""
+    network = sampled(INT8_NET)
+    runtimes = {name: load_device(name) for name in device_names() if name.startswith("stm32h743")}
+    assert len({device.runtime for device in runtimes.values()}) == 4
+    ms = {name: device.latency(network).mean_ms for name, device in runtimes.items()}
+    assert ms["stm32h743"] < ms["stm32h743-xcubeai"] < ms["stm32h743-tflm-cmsis"] < ms["stm32h743-tflm"]
+    assert ms["stm32h743-tflm"] > 5 * ms["stm32h743-tflm-cmsis"]
 
 
 def test_limits_of_the_microcontrollers() -> None:
@@ -119,6 +144,34 @@ def test_unavailable_costs_say_so() -> None:
         host.latency(sampled(FP32_NET))
     with pytest.raises(UnavailableCost, match="host-cpu has no memory planner"):
         host.sram_bytes(sampled(FP32_NET))
+    with pytest.raises(UnavailableCost, match="stm32h743 has no energy model"):
+        load_device("stm32h743").energy(1.0)
+
+
+def test_energy_is_power_times_latency() -> None:
+    mcu = load_device("stm32l4r5-xcubeai")
+    section = yaml.safe_load((SHIPPED / "stm32l4r5-xcubeai.yaml").read_text())["energy"]
+    energy = mcu.energy(20.0)
+    assert energy.mean_uj == pytest.approx(20 * section["power_mw"])
+    assert energy.low_uj == pytest.approx(energy.mean_uj * (1 - section["relative_error"]))
+    assert energy.high_uj == pytest.approx(energy.mean_uj * (1 + section["relative_error"]))
+
+
+def test_a_derived_energy_claims_no_interval(tmp_path: Path) -> None:
+    mcu = load_device(write(tmp_path, {"energy": {"origin": "derived", "source": "made up", "power_mw": 50}}))
+    energy = mcu.energy(2.0)
+    assert (energy.mean_uj, energy.low_uj, energy.high_uj) == (100.0, None, None)
+
+
+def test_overhead_may_be_a_share_or_bytes_or_both(tmp_path: Path) -> None:
+    network = sampled(INT8_NET)
+    planned = peak_sram_bytes(network, "inplace_depthwise")
+    extra = {"value": 5000, "source": "made up"}
+    both = load_device(write(tmp_path, {"memory/sram_overhead_bytes": extra}))
+    assert both.sram_bytes(network) == ceil(planned * (1 + both.sram_overhead)) + 5000
+    bytes_only = load_device(write(tmp_path, {"memory/sram_overhead_bytes": extra, "memory/sram_overhead": None}))
+    assert bytes_only.sram_bytes(network) == planned + 5000
+    assert bytes_only.sources["memory.sram_overhead_bytes"] == "made up"
 
 
 def test_memory_is_the_plan_and_the_overhead() -> None:
@@ -134,7 +187,7 @@ def test_an_unknown_name_gets_the_nearest_one_and_is_never_a_path() -> None:
     with pytest.raises(UnknownDevice, match=r"unknown device 'stm32h747'; did you mean 'stm32h743'\?") as caught:
         load_device("stm32h747")
     assert isinstance(caught.value, LookupError)
-    with pytest.raises(UnknownDevice, match="known: adreno540, host-cpu"):
+    with pytest.raises(UnknownDevice, match="known: adreno540, .*host-cpu"):
         load_device("zzz")
 
 
@@ -179,6 +232,20 @@ def test_a_file_is_read_by_path(tmp_path: Path) -> None:
         ({"latency/coefficients_ms/convv.int8.macs": 1.0}, r"FAMILY\.PRECISION\.QUANTITY; did you mean 'conv'\?"),
         ({"latency/held_out": None}, r"missing key 'latency\.held_out'"),
         ({"latency/constant": 1.0}, r"unknown key 'latency\.constant'; did you mean 'constant_ms'\?"),
+        ({"memory/sram_overhead": None}, r"missing key 'memory\.sram_overhead'"),
+        ({"memory/sram_overhead_bytes": {"value": 0.5, "source": "x"}}, r"sram_overhead_bytes\.value: expected an int"),
+        ({"energy": {"origin": "fitted", "source": "x", "power_mw": 5}}, r"missing key 'energy\.relative_error'"),
+        ({"energy": {"origin": "measured", "source": "x"}}, r"energy\.origin: expected one of fitted, derived"),
+        ({"energy": {"origin": "derived", "source": "x", "power_mw": -5}}, r"energy\.power_mw: expected a number of 0"),
+        (
+            {"energy": {"origin": "derived", "source": "x", "power_mw": 5, "held_out": {}}},
+            r"unknown key 'energy\.held_out'",
+        ),
+        (
+            {"latency": {"origin": "simulated", "source": "x", "accelerator": "ethos"}},
+            r"latency\.accelerator: expected one of ethos-u55-32",
+        ),
+        ({"latency": {"origin": "simulated", "source": "x"}}, r"missing key 'latency\.accelerator'"),
         ({"latency": "fast"}, r"latency: expected a mapping with names as keys, got 'fast'"),
     ],
 )
