@@ -1,244 +1,305 @@
-"""Fit the two microcontroller profiles to the TinyEngine rows of the STM32H743 table.
+"""Fit the microcontroller profiles to the measurements of TinyEngine and of MLPerf Tiny.
 
     python experiments/fit_mcu.py DATA_DIR [--write]
 
-DATA_DIR holds mcu_stm32h743.csv, mcu_mlperf_tiny.csv and mcunet/*.json: the measurements published with TinyEngine
-(MIT) and the structures of MCUNet's model zoo (MIT). Prints what it found as JSON and writes it to
-experiments/results/fit_mcu.json; --write also writes the fitted part of the two device files.
+DATA_DIR holds mcu_stm32h743.csv and mcunet/*.json (published with TinyEngine and MCUNet's model zoo, MIT), and
+mcu_mlperf_tiny.csv and mlperf_tiny_models/*.tflite (MLPerf Tiny, Apache-2.0). Prints what it found as JSON and writes
+it to experiments/results/fit_mcu.json; --write also writes the fitted part of the device files. Errors by board, and
+beside other models, are in experiments/benchmarks/mcu_latency.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fitted import held_out_section, judged_fit, provenance, rounded, spread, write_device, write_result
+from fitted import provenance, rounded, write_device, write_result
+from mcu_data import H743_BOARDS, Run, boards_of, has_data, read_runs
+from mcu_models import (
+    FORMS,
+    covered,
+    energy_left_out_uj,
+    fit_power_mw,
+    fit_shared,
+    macs_left_out_ms,
+    predict_left_out_ms,
+)
 
-from hardware_profiles.cost_model import features
-from hardware_profiles.memory import INPLACE_DEPTHWISE, peak_sram_bytes
-from search_spaces import INPUT, INT8, Layer, Network
-from search_spaces import layers as L
-from search_spaces.layers import Port, assemble, port
+from hardware_profiles.memory import INPLACE_DEPTHWISE, LIVENESS, peak_sram_bytes
+from predictors.regression import relative_interval, scores
 
 COMMAND = "python experiments/fit_mcu.py DATA_DIR"
-KIB = 1024
 H743_MHZ, F746_MHZ = 480, 216
 
-# Row of the table -> (structure, resolution, architecture). The zoo calls in0..in4 by their limits; the three vww
-# rows have no structure there. Both proxyless rows are one architecture, and are left out of a fit together. The
-# table's w0.3 networks at 64 pixels are taken from the zoo's structures for 176 and 80 pixels.
-ROWS = {
-    "mcunet-in0": ("mcunet-10fps_imagenet", 48, "in0"),
-    "mcunet-in1": ("mcunet-5fps_imagenet", 96, "in1"),
-    "mcunet-in2": ("mcunet-256kb-1mb_imagenet", 160, "in2"),
-    "mcunet-in3": ("mcunet-320kb-1mb_imagenet", 176, "in3"),
-    "mcunet-in4": ("mcunet-512kb-2mb_imagenet", 160, "in4"),
-    "proxyless-w0.3-r64": ("proxyless-w0.3-r176_imagenet", 64, "proxyless"),
-    "proxyless-w0.3-r176": ("proxyless-w0.3-r176_imagenet", 176, "proxyless"),
-    "mbv2-w0.3-r64": ("mbv2-w0.3-r80_imagenet", 64, "mbv2"),
+# device file -> board whose runs it is fitted to
+DEVICES = {
+    "stm32h743": "stm32h743 TinyEngine",
+    "stm32h743-tflm": "stm32h743 TFLM",
+    "stm32h743-tflm-cmsis": "stm32h743 TFLM with CMSIS-NN",
+    "stm32h743-xcubeai": "stm32h743 X-CUBE-AI 7.3",
+    "stm32h7a3-xcubeai": "stm32h7a3 X-CUBE-AI 7.3.0",
+    "stm32l4r5-cmsisnn": "stm32l4r5 microTVM with CMSIS-NN",
+    "stm32l4r5-xcubeai": "stm32l4r5 X-CUBE-AI 7.3.0",
+    "nrf5340-cmsisnn": "nrf5340 microTVM with CMSIS-NN",
+    "stm32u575-xcubeai": "stm32u575 X-CUBE-AI 7.3.0",
 }
-COMPUTING = ("conv.int8", "pointwise.int8", "depthwise.int8", "linear.int8")
-MOVING = (*COMPUTING, "add.int8", "average_pool.int8")
-FREE = ("reshape.int8", "quantize.int8")  # a view; and the image, which these devices are given as integers
+DERIVED = "stm32f746"  # from the first of them
+KERNEL_NAMES = {
+    "tflm-reference": "TFLM's reference kernels",
+    "tinyengine": "TinyEngine",
+    "cmsis-nn": "CMSIS-NN",
+    "x-cube-ai-7": "X-CUBE-AI 7.1 and 7.3",
+}
 
 
-def zoo_network(structure: Mapping[str, Any], resolution: int) -> Network:
-    """An int8 network from one of MCUNet's JSON files: stem, inverted residual blocks, head, classifier."""
-    made: list[Layer] = []
+@dataclass(frozen=True, slots=True)
+class MemoryRule:
+    """How the memory of a runtime is modelled: a planner, and what comes on top, as a share of the plan or in bytes."""
 
-    def conv(name: str, source: Port, width: int, **options: Any) -> Port:
-        made.append(L.conv2d(name, source, width, precision=INT8, **options))
-        return port(made[-1])
-
-    stem = structure["first_conv"]
-    image = Port(INPUT, (stem["in_channels"], resolution, resolution))
-    tensor = conv(
-        "stem", image, stem["out_channels"], kernel=stem["kernel_size"], stride=stem["stride"], activation="relu6"
-    )
-    for index, block in enumerate(structure["blocks"]):
-        body, source = block["mobile_inverted_conv"], tensor
-        if body["name"] == "ZeroLayer":  # nothing but its shortcut
-            continue
-        hidden = body.get("mid_channels") or round(body["in_channels"] * body["expand_ratio"])
-        if body["expand_ratio"] != 1:
-            tensor = conv(f"block{index}.expand", tensor, hidden, activation="relu6")
-        tensor = conv(
-            f"block{index}.depthwise",
-            tensor,
-            hidden,
-            kernel=body["kernel_size"],
-            stride=body["stride"],
-            groups=hidden,
-            activation="relu6",
-        )
-        tensor = conv(f"block{index}.project", tensor, body["out_channels"])
-        if block["shortcut"]:
-            made.append(L.add(f"block{index}.add", tensor, source))
-            tensor = port(made[-1])
-    if structure["feature_mix_layer"]:
-        tensor = conv("head", tensor, structure["feature_mix_layer"]["out_channels"], activation="relu6")
-    pool = L.global_average_pool("pool", tensor)
-    flat = L.reshape("flatten", port(pool), (tensor.shape[0],))
-    classifier = L.linear("classifier", port(flat), structure["classifier"]["out_features"], precision=INT8)
-    return assemble(image.shape, [(*made, pool, flat, classifier)])
+    planner: str
+    overhead: str
 
 
-def read_networks(data: Path) -> tuple[list[str], list[Network], list[dict[str, str]]]:
-    """Names, networks and TinyEngine's measurements of the rows with a known structure."""
-    with (data / "mcu_stm32h743.csv").open(newline="") as stream:
-        table = {row["net_id"]: row for row in csv.DictReader(stream) if row["library"] == "tinyengine"}
-    networks = [
-        zoo_network(json.loads((data / "mcunet" / f"{file}.json").read_text()), resolution)
-        for file, resolution, _ in ROWS.values()
-    ]
-    return list(ROWS), networks, [table[name] for name in ROWS]
+# The planner that comes nearest on the STM32H743, where the memory of four libraries was published.
+MEMORY_RULES = {
+    "tinyengine": MemoryRule(INPLACE_DEPTHWISE, "sram_overhead"),
+    "x-cube-ai-7": MemoryRule(INPLACE_DEPTHWISE, "sram_overhead_bytes"),
+    "tflm-reference": MemoryRule(LIVENESS, "sram_overhead_bytes"),
+    "cmsis-nn": MemoryRule(LIVENESS, "sram_overhead_bytes"),
+}
+UNKNOWN_MEMORY = "no memory of microTVM was measured: the tensors or parameters alone, which is a lower bound"
 
 
-def total(row: Mapping[str, float], prefixes: Sequence[str], quantity: str) -> float:
-    return sum(row.get(f"{prefix}.{quantity}", 0.0) for prefix in prefixes)
-
-
-def fit_latency(networks: Sequence[Network], latency_ms: np.ndarray) -> dict[str, Any]:
-    """Two coefficients: a price per MAC and a price per byte of activations read or written."""
-    rows = [features(network) for network in networks]
-    matrix = np.array([[total(row, COMPUTING, "macs"), total(row, MOVING, "bytes")] for row in rows])
-    architectures = [architecture for _, _, architecture in ROWS.values()]
-    fold = np.unique(architectures, return_inverse=True)[1]
-    macs = np.array([float(network.macs) for network in networks])
-    return judged_fit(matrix, macs, latency_ms, fold) | {"folds": len(set(architectures))}
-
-
-def fit_sram(planned: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-    """What the runtime needs beyond the planned tensors, as a share of them: the mean over networks."""
-    share = measured / planned - 1
-    left_out = np.array([np.delete(share, i).mean() for i in range(len(share))])
-    error = planned * (1 + left_out) / measured - 1
+def fit_memory(runs: Sequence[Run], rule: MemoryRule) -> dict[str, Any]:
+    """What the runtime needs beyond the planned tensors and the stored parameters, and the errors with it left out."""
+    networks = [run.network for run in runs if run.network is not None]
+    planned = np.array([float(peak_sram_bytes(network, rule.planner)) for network in networks])
+    sram = np.array([float(run.sram_bytes or 0) for run in runs])
+    parameters = np.array([float(network.model_bytes) for network in networks])
+    flash = np.array([float(run.flash_bytes or 0) for run in runs])
+    share = rule.overhead == "sram_overhead"
     return {
-        "overhead": rounded(share.mean()),
-        "smallest_overhead": rounded(share.min()),
-        "largest_overhead": rounded(share.max()),
-        "held_out_mape": rounded(np.abs(error).mean()),
-        "held_out_max_error": rounded(np.abs(error).max()),
-        "mape_without_overhead": rounded(np.abs(planned / measured - 1).mean()),
+        "planner": rule.planner,
+        "networks": len(runs),
+        rule.overhead: _overhead(planned, sram, share=share),
+        "sram_mape_without": rounded(np.abs(planned / sram - 1).mean()),
+        "flash_overhead_bytes": _overhead(parameters, flash, share=False),
     }
 
 
-def fit_flash(parameters: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-    """Bytes of code and tables: the median, since one size does not fit (see the spread)."""
-    overhead = measured - parameters
-    left_out = np.array([np.median(np.delete(overhead, i)) for i in range(len(overhead))])
-    error = (parameters + left_out) / measured - 1
-    return {
-        "overhead_bytes": round(float(np.median(overhead))),
-        "smallest_overhead_bytes": round(float(overhead.min())),
-        "largest_overhead_bytes": round(float(overhead.max())),
+def _overhead(known: np.ndarray, measured: np.ndarray, *, share: bool) -> dict[str, float]:
+    """The mean share over networks, or the median of the bytes, since one size does not fit all of them."""
+    beyond = measured / known - 1 if share else measured - known
+    middle = np.mean if share else np.median
+    left_out = np.array([middle(np.delete(beyond, index)) for index in range(len(beyond))])
+    error = (known * (1 + left_out) if share else known + left_out) / measured - 1
+    numbers = {"value": middle(beyond), "smallest": beyond.min(), "largest": beyond.max()}
+    found = {name: rounded(number) if share else round(float(number)) for name, number in numbers.items()}
+    return found | {
         "held_out_mape": rounded(np.abs(error).mean()),
         "held_out_max_error": rounded(np.abs(error).max()),
     }
 
 
-def clock_scaling(data: Path) -> dict[str, Any]:
-    """How far latencies scale with the clock alone: MLPerf Tiny v1.0, one runtime on two Cortex-M4 chips.
+def clock_scaling(runs: Sequence[Run]) -> dict[str, Any]:
+    """How far latencies scale with the clock alone: one runtime on two Cortex-M4 chips.
 
-    It has no TinyEngine on an STM32F746, only another vendor's engine, so nothing there checks the derived profile.
+    MLPerf Tiny has no TinyEngine on an STM32F746, only another vendor's engine, so nothing checks the derived profile.
     """
-    with (data / "mcu_mlperf_tiny.csv").open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["round"] == "v1.0" and "Plumerai" in row["framework"]]
+    boards = boards_of(runs)
     slow, fast = (
-        {row["task"]: float(row["latency_ms"]) for row in rows if row["board"] == board}
-        for board in ("Nucleo-L4R5ZI", "CY8CPROTO-062-4343W")
+        {run.name: run.latency_ms for run in boards[f"{chip} Plumerai v1.0"]} for chip in ("stm32l4r5", "psoc62")
     )
-    f746 = sorted({row["framework"] for row in rows if "F746" in row["soc"]})
     return {
         "pair": "Cortex-M4, Plumerai Inference Engine: 120 MHz scaled to 150 MHz, error of the scaled latency",
         "errors": {task: rounded(slow[task] * 120 / 150 / fast[task] - 1) for task in sorted(slow)},
-        "runtimes_on_stm32f746": f746,
     }
+
+
+def fit_kernels(runs: Sequence[Run], kernels: str) -> dict[str, Any]:
+    """The model that the boards of some kernels share, its errors on architectures left out, and its memory."""
+    here = [run for run in runs if run.kernels == kernels]
+    form = FORMS[kernels]
+    model = fit_shared(here, form)
+    measured = np.array([run.latency_ms for run in here])
+    left_out, macs_only = predict_left_out_ms(here, form), macs_left_out_ms(here)
+    width, nominal = relative_interval(left_out, measured)
+    on_h743 = [run for run in here if run.board in H743_BOARDS.values()]
+    boards = {}
+    for board, own in boards_of(here).items():
+        index = [number for number, run in enumerate(here) if run.board == board]
+        boards[board] = {
+            "macs": [int(run.macs) for run in own],
+            "coefficients_ms": {name: rounded(price) for name, price in model.coefficients_ms(board).items()},
+            "held_out": {
+                "networks": len(own),
+                "folds": len({run.architecture for run in here}),
+                **_rounded(scores(left_out[index], measured[index])),
+                "macs_only_mape": rounded(scores(macs_only[index], measured[index])["mape"]),
+                "macs_only_spearman": rounded(scores(macs_only[index], measured[index])["spearman"]),
+            },
+        }
+    return {
+        "measurements": len(here),
+        "ratios": [rounded(ratio) for ratio in model.ratios],
+        "relative_error": rounded(width),
+        "nominal_coverage": rounded(nominal),
+        "measured_coverage": rounded(np.mean(covered(here, left_out, measured))),
+        "boards": boards,
+        "memory": fit_memory(on_h743, MEMORY_RULES[kernels]),
+        "energy": fit_energy(here, left_out, macs_only),
+    }
+
+
+def fit_energy(runs: Sequence[Run], latency_ms: np.ndarray, macs_only_ms: np.ndarray) -> dict[str, Any]:
+    """Power of each board whose energy was measured, and the errors of power times the left-out latency (n,)."""
+    index = [number for number, run in enumerate(runs) if run.energy_uj]
+    if not index:
+        return {}
+    here = [runs[number] for number in index]
+    measured = np.array([float(run.energy_uj or 0.0) for run in here])
+    left_out = energy_left_out_uj(here, latency_ms[index])
+    macs_only = energy_left_out_uj(here, macs_only_ms[index])
+    known_latency = energy_left_out_uj(here, np.array([run.latency_ms for run in here]))
+    boards = {}
+    for board, own in boards_of(here).items():
+        at = [number for number, run in enumerate(here) if run.board == board]
+        boards[board] = {
+            "power_mw": rounded(fit_power_mw(own)),
+            "power_of_each_mw": [rounded(float(run.energy_uj or 0.0) / run.latency_ms) for run in own],
+            "held_out": {
+                "networks": len(own),
+                **_rounded(scores(left_out[at], measured[at])),
+                "measured_latency_mape": rounded(scores(known_latency[at], measured[at])["mape"]),
+                "macs_only_mape": rounded(scores(macs_only[at], measured[at])["mape"]),
+            },
+        }
+    width, nominal = relative_interval(left_out, measured)
+    return {
+        "measurements": len(here),
+        "relative_error": rounded(width),
+        "nominal_coverage": rounded(nominal),
+        "measured_coverage": rounded(np.mean(covered(here, left_out, measured))),
+        "boards": boards,
+    }
+
+
+def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: rounded(number) for name, number in numbers.items()}
 
 
 def fit(data: Path) -> dict[str, Any]:
-    names, networks, table = read_networks(data)
-    latency_ms = np.array([float(row["latency_ms"]) for row in table])
-    sram = np.array([float(row["sram_kB"]) * KIB for row in table])
-    flash = np.array([float(row["flash_kB"]) * KIB for row in table])
-    planned = np.array([float(peak_sram_bytes(network, INPLACE_DEPTHWISE)) for network in networks])
-    parameters = np.array([float(network.model_bytes) for network in networks])
-    latency = fit_latency(networks, latency_ms)
-    per_mac, per_byte = latency["coefficients"]
+    runs = read_runs(data)
     return {
         **provenance(COMMAND),
         "seed": None,
-        "networks": [
-            {
-                "name": name,
-                "structure": ROWS[name][0],
-                "resolution": ROWS[name][1],
-                "macs": network.macs,
-                "latency_ms": float(row["latency_ms"]),
-                "left_out_ms": rounded(left_out),
-                "sram_bytes_measured": int(float(row["sram_kB"]) * KIB),
-                "sram_bytes_planned": int(peak),
-                "flash_bytes_measured": int(float(row["flash_kB"]) * KIB),
-                "parameter_bytes": network.model_bytes,
-            }
-            for name, network, row, left_out, peak in zip(
-                names, networks, table, latency["left_out_ms"], planned, strict=True
-            )
-        ],
         "without_structure": ["mcunet-vww0", "mcunet-vww1", "mcunet-vww2"],
-        "ms_per_mac": rounded(per_mac),
-        "ms_per_byte": rounded(per_byte),
-        "relative_error": rounded(latency["relative_error"]),
-        "held_out": held_out_section(latency, len(networks), latency["folds"]),
-        "macs_only": {name: rounded(value) for name, value in latency["macs_only"].items()},
-        "sram": fit_sram(planned, sram),
-        "flash": fit_flash(parameters, flash),
-        "clock_scaling": clock_scaling(data),
+        "kernels": {kernels: fit_kernels(runs, kernels) for kernels in KERNEL_NAMES},
+        "clock_scaling": clock_scaling(runs),
     }
 
 
-def device_sections(result: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """The written part of a device file; a scale other than 1 makes it derived, its error unknown."""
-    sram, flash, errors = result["sram"], result["flash"], result["held_out"]
-    table = f"the {errors['networks']} TinyEngine networks on an STM32H743 whose structure is published"
-    memory = {
-        "planner": INPLACE_DEPTHWISE,
-        "sram_overhead": {
-            "value": sram["overhead"],
-            "source": f"mean over {table} (a kB taken as 1024 bytes): {sram['smallest_overhead']:.3f} to "
-            f"{sram['largest_overhead']:.3f} of the planned peak; held-out error {sram['held_out_mape']:.1%} "
-            "on average",
+def device_sections(result: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The written part of a device file; the derived device has the first one's model at its own clock."""
+    board = DEVICES[name] if name != DERIVED else next(iter(DEVICES.values()))
+    kernels, found = next((k, found) for k, found in result["kernels"].items() if board in found["boards"])
+    sections = {"memory": _memory_section(found["memory"], kernels, board)}
+    if name == DERIVED:
+        return sections | {"latency": _derived_latency(found["boards"][board], result["clock_scaling"])}
+    sections["latency"] = _latency_section(found, kernels, board)
+    if board in found["energy"].get("boards", {}):
+        sections["energy"] = _energy_section(found["energy"], board)
+    return sections
+
+
+def _memory_section(memory: Mapping[str, Any], kernels: str, board: str) -> dict[str, Any]:
+    rule = MEMORY_RULES[kernels]
+    if "microTVM" in board:
+        nothing = {"value": 0, "source": UNKNOWN_MEMORY}
+        return {"planner": rule.planner, "sram_overhead_bytes": nothing, "flash_overhead_bytes": dict(nothing)}
+    sram, flash = memory[rule.overhead], memory["flash_overhead_bytes"]
+    runtime = "TinyEngine" if kernels == "tinyengine" else KERNEL_NAMES[kernels].replace("7.1 and ", "")
+    table = f"the {memory['networks']} networks with {runtime} on an STM32H743 whose structure is published"
+    share = rule.overhead == "sram_overhead"
+    spread = f"{sram['smallest']:.3f} to {sram['largest']:.3f} of the planned peak" if share else _bytes(sram)
+    return {
+        "planner": rule.planner,
+        rule.overhead: {
+            "value": sram["value"],
+            "source": f"{'mean' if share else 'median'} over {table} (a kB taken as 1024 bytes): {spread}; "
+            f"held-out error of the SRAM {sram['held_out_mape']:.1%} on average",
         },
         "flash_overhead_bytes": {
-            "value": flash["overhead_bytes"],
-            "source": f"median over {table}: {flash['smallest_overhead_bytes']} to {flash['largest_overhead_bytes']} "
-            f"bytes; held-out error of the flash {flash['held_out_mape']:.1%} on average",
+            "value": flash["value"],
+            "source": f"median over {table}: {_bytes(flash)}; held-out error of the flash "
+            f"{flash['held_out_mape']:.1%} on average",
         },
     }
-    coefficients = spread(COMPUTING, {"macs": result["ms_per_mac"] * scale})
-    coefficients |= spread(MOVING, {"bytes": result["ms_per_byte"] * scale})
-    coefficients |= spread(FREE, {"count": 0.0})
-    smallest, largest = (pick(row["macs"] for row in result["networks"]) for pick in (min, max))
-    fitted = f"fitted to {table}, {smallest / 1e6:.1f} to {largest / 1e6:.0f} million MACs"
-    latency: dict[str, Any] = {"origin": "fitted", "source": fitted}
-    if scale != 1:
-        worst = max(abs(error) for error in result["clock_scaling"]["errors"].values())
-        latency = {
-            "origin": "derived",
-            "source": f"the model of stm32h743 times {H743_MHZ}/{F746_MHZ}, the ratio of the clocks; no measurement of "
-            "this runtime on this device was at hand, so the error is not known. Scaling one runtime between two "
-            f"Cortex-M4 chips by their clocks was wrong by up to {worst:.0%} in MLPerf Tiny v1.0",
-        }
-    latency |= {"constant_ms": 0.0, "coefficients_ms": coefficients}
-    if scale == 1:
-        latency |= {"relative_error": result["relative_error"], "held_out": dict(errors)}
-    return {"memory": memory, "latency": latency}
+
+
+def _bytes(overhead: Mapping[str, float]) -> str:
+    return f"{overhead['smallest']} to {overhead['largest']} bytes"
+
+
+def _latency_section(found: Mapping[str, Any], kernels: str, board: str) -> dict[str, Any]:
+    own = found["boards"][board]
+    boards, networks = len(found["boards"]), len(own["macs"])
+    source = f"fitted to {networks} published networks, {_span(own['macs'])}"
+    if boards > 1:
+        source += (
+            f"; the ratios of the costs are those of {KERNEL_NAMES[kernels]} on {boards} boards "
+            f"({found['measurements']} measurements), held near the instructions of CMSIS-NN's kernels, and the speed "
+            "is this board's own"
+        )
+    source += (
+        f"; of 90 % intervals from the other networks, {found['measured_coverage']:.0%} held the measurement of one "
+        "left out"
+    )
+    return {
+        "origin": "fitted",
+        "source": source,
+        "constant_ms": 0.0,
+        "coefficients_ms": own["coefficients_ms"],
+        "relative_error": found["relative_error"],
+        "held_out": own["held_out"] | {"coverage": found["nominal_coverage"]},
+    }
+
+
+def _span(macs: Sequence[int]) -> str:
+    return f"{min(macs) / 1e6:.2g} to {max(macs) / 1e6:.3g} million MACs"
+
+
+def _derived_latency(own: Mapping[str, Any], clocks: Mapping[str, Any]) -> dict[str, Any]:
+    scale = H743_MHZ / F746_MHZ
+    worst = max(abs(error) for error in clocks["errors"].values())
+    return {
+        "origin": "derived",
+        "source": f"the model of stm32h743 times {H743_MHZ}/{F746_MHZ}, the ratio of the clocks; no measurement of "
+        "this runtime on this device was at hand, so the error is not known. Scaling one runtime between two "
+        f"Cortex-M4 chips by their clocks was wrong by up to {worst:.0%} in MLPerf Tiny v1.0",
+        "constant_ms": 0.0,
+        "coefficients_ms": {name: rounded(price * scale) for name, price in own["coefficients_ms"].items()},
+    }
+
+
+def _energy_section(energy: Mapping[str, Any], board: str) -> dict[str, Any]:
+    own = energy["boards"][board]
+    powers = own["power_of_each_mw"]
+    return {
+        "origin": "fitted",
+        "source": f"energy over latency of {len(powers)} networks of MLPerf Tiny, {min(powers):.3g} to "
+        f"{max(powers):.3g} mW, the two being of separate runs; the energy is this power times the latency, and its "
+        f"interval is from {energy['measurements']} measurements on boards of the same kernels",
+        "power_mw": own["power_mw"],
+        "relative_error": energy["relative_error"],
+        "held_out": own["held_out"] | {"coverage": energy["nominal_coverage"]},
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,15 +307,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with the measurements")
     parser.add_argument("--write", action="store_true", help="also write the device files")
     options = parser.parse_args(arguments)
-    if not (options.data / "mcu_stm32h743.csv").is_file():
-        print(f"{options.data}: expected a folder with mcu_stm32h743.csv and mcunet/", file=sys.stderr)
+    if not has_data(options.data):
+        print(f"{options.data}: expected a folder with mcu_stm32h743.csv and mcu_mlperf_tiny.csv", file=sys.stderr)
         return 2
     result = fit(options.data)
     print(json.dumps(result, indent=1))
     write_result("fit_mcu", result)
     if options.write:
-        write_device("stm32h743", COMMAND, device_sections(result, 1))
-        write_device("stm32f746", COMMAND, device_sections(result, H743_MHZ / F746_MHZ))
+        for name in (*DEVICES, DERIVED):
+            write_device(name, COMMAND, device_sections(result, name))
     return 0
 
 
