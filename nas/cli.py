@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hardware_profiles import DeviceProfile, LatencyModel
+    from hardware_profiles.device import EnergyModel
     from nas.front import ParetoFront
 
 DONE, FAILED, BAD_INPUT, INFEASIBLE = 0, 1, 2, 3
@@ -55,6 +57,7 @@ def _exit_code(error: Exception) -> int | None:
     """Errors that say what to do get a line; anything else is a bug and keeps its traceback."""
     from hardware_profiles import InvalidProfile, UnavailableCost, UnknownDevice, UnsupportedLayer
     from hardware_profiles.host_cpu import NoisyMachine, UnmeasurableModel
+    from hardware_profiles.vela import VelaFailed
     from nas.augmentation import MissingKornia
     from nas.checkpoints import CorruptCheckpoint
     from nas.config import BadExperiment
@@ -70,7 +73,7 @@ def _exit_code(error: Exception) -> int | None:
     bad = (BadExperiment, BadData, UnknownFigure, UnknownDevice, InvalidProfile, UnknownSpace, InvalidArchitecture)
     if isinstance(error, (*bad, InvalidNetwork, UnavailableCost, UnsupportedLayer, ValueError)):
         return BAD_INPUT
-    failed = (TrainingDiverged, NoisyMachine, UnmeasurableModel, CorruptCheckpoint, ExportFailed, OSError)
+    failed = (TrainingDiverged, NoisyMachine, UnmeasurableModel, VelaFailed, CorruptCheckpoint, ExportFailed, OSError)
     return FAILED if isinstance(error, (*failed, MissingKornia, WorkerLost)) else None
 
 
@@ -319,13 +322,87 @@ def _devices(parsed: argparse.Namespace) -> None:
     from hardware_profiles import device_names, load_device
     from nas.costs import ProfiledDevice
 
-    for name in [parsed.name] if parsed.name else device_names():
-        print(_summary_of_device(ProfiledDevice(load_device(name))))
-        if parsed.name:
-            device = load_device(name)
-            print(f"latency: {device.latency_model.source}")
-            for key, source in device.sources.items():
-                print(f"{key}: {source}")
+    devices = [load_device(name) for name in ([parsed.name] if parsed.name else device_names())]
+    if parsed.format == "json":
+        print(json.dumps([_facts_of_device(device) for device in devices], indent=1))
+        return
+    if not parsed.name:
+        print("\n".join(_aligned(_columns_of_devices(devices), str.ljust)))
+    for device in devices if parsed.name else ():
+        print(_summary_of_device(ProfiledDevice(device)))
+        for key, source in _sources(device).items():
+            print(f"{key}: {source}")
+
+
+def _columns_of_devices(profiles: Sequence[DeviceProfile]) -> dict[str, list[str]]:
+    """One row a device; errors are means on networks left out, with the half of the 90 % interval."""
+
+    def error(model: LatencyModel | EnergyModel | None) -> str:
+        if model is None or model.relative_error is None:
+            return "" if model is None else "not known"
+        mean = f"{model.held_out['mape']:.1%}, " if "mape" in model.held_out else ""
+        return f"{mean}+-{model.relative_error:.0%}"
+
+    def kib(limit: int | None) -> str:
+        return f"{limit / 1024:.0f} KiB" if limit else ""
+
+    baselines = [profile.latency_model.held_out.get("macs_only_mape") for profile in profiles]
+    live = [profile.is_measured_live for profile in profiles]
+    return {
+        "name": [profile.name for profile in profiles],
+        "kind": [profile.kind for profile in profiles],
+        "runtime": [profile.runtime for profile in profiles],
+        "SRAM": [kib(profile.sram_limit_bytes) for profile in profiles],
+        "flash": [kib(profile.flash_limit_bytes) for profile in profiles],
+        "precisions": [_weight_precisions(profile) for profile in profiles],
+        "latency": [profile.latency_model.origin for profile in profiles],
+        "error": [
+            "by 'nas profile'" if here else error(profile.latency_model)
+            for profile, here in zip(profiles, live, strict=True)
+        ],
+        "MACs only": ["" if baseline is None else f"{baseline:.1%}" for baseline in baselines],
+        "error of energy": [error(profile.energy_model) for profile in profiles],
+    }
+
+
+def _weight_precisions(profile: DeviceProfile) -> str:
+    """What its convolutions and linear layers may be."""
+    return "/".join(dict.fromkeys(p for kind in ("conv2d", "linear") for p in profile.precisions.get(kind, ())))
+
+
+def _sources(profile: DeviceProfile) -> dict[str, str]:
+    """Key of the profile -> where its numbers come from."""
+    energy = {"energy": profile.energy_model.source} if profile.energy_model else {}
+    return {"latency": profile.latency_model.source, **energy, **profile.sources}
+
+
+def _facts_of_device(profile: DeviceProfile) -> dict[str, Any]:
+    """What is known of a profile, for programs; an error that nobody knows is null."""
+    latency, energy = profile.latency_model, profile.energy_model
+    return {
+        "name": profile.name,
+        "title": profile.title,
+        "kind": profile.kind,
+        "runtime": profile.runtime,
+        "threads": profile.threads,
+        "sram_limit_bytes": profile.sram_limit_bytes,
+        "flash_limit_bytes": profile.flash_limit_bytes,
+        "planner": profile.planner,
+        "precisions": {kind: list(names) for kind, names in profile.precisions.items()},
+        "latency": {
+            "origin": latency.origin,
+            "relative_error_90": latency.relative_error,
+            "held_out": dict(latency.held_out) or None,
+        },
+        "energy": energy
+        and {
+            "origin": energy.origin,
+            "power_mw": energy.power_mw,
+            "relative_error_90": energy.relative_error,
+            "held_out": dict(energy.held_out) or None,
+        },
+        "sources": _sources(profile),
+    }
 
 
 def _doctor(parsed: argparse.Namespace) -> None:
@@ -358,11 +435,14 @@ def table(front: ParetoFront) -> str:
             columns[f"predicted {device}"] = [
                 _number(point.predicted[key].value * scale) if key in point.predicted else "" for point in front.points
             ]
-    widths = {title: max(len(title), *map(len, cells)) if cells else len(title) for title, cells in columns.items()}
-    lines = ["  ".join(f"{title:>{widths[title]}}" for title in columns)]
-    for row in zip(*columns.values(), strict=True):
-        lines.append("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths.values(), strict=True)))
-    return "\n".join([*lines, _footer(front)])
+    return "\n".join([*_aligned(columns, str.rjust), _footer(front)])
+
+
+def _aligned(columns: Mapping[str, Sequence[str]], justify: Callable[[str, int], str]) -> list[str]:
+    """The lines of a table: the titles, then a line for each row."""
+    widths = [max(map(len, (title, *cells))) for title, cells in columns.items()]
+    rows = [tuple(columns), *zip(*columns.values(), strict=True)]
+    return ["  ".join(map(justify, row, widths)).rstrip() for row in rows]
 
 
 def _number(value: float) -> str:
@@ -399,18 +479,32 @@ def _summary_of_device(device: Any) -> str:
         for name, bytes_ in (("SRAM", profile.sram_limit_bytes), ("flash", profile.flash_limit_bytes))
         if bytes_
     ]
-    precisions = dict.fromkeys(p for kind in ("conv2d", "linear") for p in profile.precisions.get(kind, ()))
     held_out = device.predictor.report() if device.predictor else profile.latency_model.held_out
     origin = f"latency {profile.latency_model.origin}"
     if device.predictor:
         origin = f"predictor fitted on {held_out['networks']} measured subnets"
-    error = f"held-out median error {held_out['median_error']:.1%}" if "median_error" in held_out else "error not known"
     if device.predictor:
-        error += f" (MACs only: {held_out['macs_only']['median_error']:.1%})"
-    if profile.is_measured_live and not device.predictor:
+        median, of_macs = held_out["median_error"], held_out["macs_only"]["median_error"]
+        error = f"held-out median error {median:.1%} (MACs only: {of_macs:.1%})"
+    elif profile.is_measured_live:
         error = "fitted by 'nas profile'"
-    about = [f"{profile.name}: {profile.title}", profile.kind, profile.runtime, *limits, "/".join(precisions)]
-    return "; ".join([*about, origin, error])
+    else:
+        error = _held_out_error(profile.latency_model)
+    about = [f"{profile.name}: {profile.title}", profile.kind, profile.runtime, *limits, _weight_precisions(profile)]
+    energy = [f"energy {_held_out_error(profile.energy_model)}"] if profile.energy_model else []
+    return "; ".join([*about, origin, error, *energy])
+
+
+def _held_out_error(model: LatencyModel | EnergyModel) -> str:
+    """The mean error on networks left out, beside that of the MACs, and the 90 % interval."""
+    if model.relative_error is None:
+        return "error not known"
+    told = [f"90 % interval +-{model.relative_error:.0%}"]
+    if "mape" in model.held_out:
+        of_macs = model.held_out.get("macs_only_mape")
+        baseline = f" (MACs only: {of_macs:.1%})" if of_macs is not None else ""
+        told.insert(0, f"held-out error {model.held_out['mape']:.1%} on average{baseline}")
+    return ", ".join(told)
 
 
 def _summary_of_check(name: str, check: Mapping[str, Any]) -> str:
@@ -495,7 +589,9 @@ def _parser() -> argparse.ArgumentParser:
     spaces.add_argument("--channels", type=_positive)
     spaces.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as 'depths=[1, 2]'")
     spaces.add_argument("--format", choices=("table", "json"), default="table")
-    verb("devices", _devices, "List the devices, or describe one.").add_argument("name", nargs="?")
+    devices = verb("devices", _devices, "List the devices, or describe one with the source of each number.")
+    devices.add_argument("name", nargs="?", metavar="NAME|FILE")
+    devices.add_argument("--format", choices=("table", "json"), default="table")
     verb("doctor", _doctor, "Show versions, processor and GPU, and what is missing.")
     return parser
 

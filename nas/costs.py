@@ -27,14 +27,17 @@ FIGURES: Mapping[str, tuple[str, bool, bool]] = {
     "model_bytes": ("bytes", False, False),
     "int8_macs_share": ("fraction", True, False),
     "latency_ms": ("ms", False, True),
+    "energy_uj": ("uJ", False, True),
     "sram_bytes": ("bytes", False, True),
     "flash_bytes": ("bytes", False, True),
 }
+WITH_INTERVAL = ("latency_ms", "energy_uj")  # what is predicted with an error, so that a confidence can be asked for
 ALWAYS = ("macs", "params", "model_bytes", "int8_macs_share")  # exact and free, so every evaluation has them
 
 # unit of a figure -> what else it may be written in
 CONVERTIBLE: Mapping[str, Mapping[str, float]] = {
     "ms": {"ms": 1.0, "us": 1e-3, "s": 1e3},
+    "uJ": {"uJ": 1.0, "mJ": 1e3, "J": 1e6},
     "bytes": {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2, "bytes": 1.0},
     "fraction": {"%": 0.01},
     "macs": {"k": 1e3, "M": 1e6, "G": 1e9, "MMACs": 1e6},
@@ -105,7 +108,7 @@ class ProfiledDevice:
     @property
     def has_latency(self) -> bool:
         """Whether latencies can be predicted; a device that is measured needs a predictor, see `nas.profile`."""
-        return self.predictor is not None or self.profile.latency_model.additive is not None
+        return self.predictor is not None or not self.profile.is_measured_live
 
     @property
     def has_latency_error(self) -> bool:
@@ -113,10 +116,16 @@ class ProfiledDevice:
         model = self.profile.latency_model
         return self.predictor is not None or self.profile.is_measured_live or model.relative_error is not None
 
-    def figure(self, network: Network, name: str) -> Figure:
-        """`latency_ms`, `sram_bytes` or `flash_bytes` of a network on the device; infinite where it cannot run.
+    @property
+    def has_energy_error(self) -> bool:
+        """Whether the error of its energies is known; it is that of the profile's own latencies."""
+        model = self.profile.energy_model
+        return self.predictor is None and model is not None and model.relative_error is not None
 
-        A latency is infinite too where no measurement covers a layer of the network; `refusal` says why.
+    def figure(self, network: Network, name: str) -> Figure:
+        """`latency_ms`, `energy_uj`, `sram_bytes` or `flash_bytes` of a network; infinite where it cannot run.
+
+        A latency or energy is infinite too where no measurement covers a layer of the network; `refusal` says why.
         """
         if self.profile.illegal_layers(network):
             return Figure.exact(math.inf)
@@ -128,7 +137,13 @@ class ProfiledDevice:
             predicted = self.latency(network)
         except UnsupportedLayer:
             return Figure.exact(math.inf)
-        return Figure(predicted.mean_ms, predicted.low_ms, predicted.high_ms, "predicted")
+        if name == "energy_uj":
+            energy = self.profile.energy(predicted.mean_ms)
+            known = self.has_energy_error
+            return Figure(
+                energy.mean_uj, energy.low_uj if known else None, energy.high_uj if known else None, predicted.origin
+            )
+        return Figure(predicted.mean_ms, predicted.low_ms, predicted.high_ms, predicted.origin)
 
     def refusal(self, network: Network) -> str:
         """Why the network has an infinite figure on the device, in one line; empty where it has none."""
@@ -285,8 +300,8 @@ _LIMIT = re.compile(r"^\s*([A-Za-z_0-9]+)(?:@([^<>=\s]+))?\s*(<=|>=)\s*([-+0-9.e
 def parse_limit(text: str, confidence: float | None = None) -> Limit:
     """`NAME[@DEVICE] <= NUMBER[unit]`, the unit being that of the figure or a convertible one.
 
-    A confidence only applies to figures that have an interval (latencies). Raises UnknownFigure or ValueError
-    with the right form.
+    A confidence only applies to figures that have an interval (latencies and energies). Raises UnknownFigure or
+    ValueError with the right form.
     """
     found = _LIMIT.match(text)
     if not found:
@@ -305,7 +320,7 @@ def parse_limit(text: str, confidence: float | None = None) -> Limit:
         value = float(number) * known.get(unit, 1.0)
     except ValueError:
         raise ValueError(f"limit {text!r}: {number!r} is not a number") from None
-    return Limit(name, operator, value, device, confidence if name == "latency_ms" else None)  # type: ignore[arg-type]
+    return Limit(name, operator, value, device, confidence if name in WITH_INTERVAL else None)  # type: ignore[arg-type]
 
 
 def cheap_figures(network: Network, keys: Iterable[str], devices: Mapping[str, ProfiledDevice]) -> dict[str, Figure]:
@@ -346,8 +361,21 @@ def check_devices(items: Iterable[Item], devices: Mapping[str, ProfiledDevice]) 
                 f"{item.key}: {item.device} has no memory planner, so its SRAM is not known; "
                 f"name a microcontroller ({', '.join(able) or 'none is profiled here'})"
             )
-        if isinstance(item, Limit) and item.confidence is not None and not device.has_latency_error:
+        if item.name == "energy_uj" and device.profile.energy_model is None:
+            able = [name for name, other in devices.items() if other.profile.energy_model]
             raise UnknownFigure(
-                f"limit {item}: the error of the latencies of {item.device} is not known "
-                f"({device.profile.latency_model.origin}, not measured); leave the confidence out"
+                f"{item.key}: no energy of {item.device} was measured; "
+                f"name a device with an energy model ({', '.join(able) or 'none is profiled here'})"
             )
+        if isinstance(item, Limit) and item.confidence is not None:
+            _check_error_is_known(item, device)
+
+
+def _check_error_is_known(limit: Limit, device: ProfiledDevice) -> None:
+    """Raise UnknownFigure when a confidence is asked of a latency or energy whose error nobody knows."""
+    energy = limit.name == "energy_uj"
+    if not (device.has_energy_error if energy else device.has_latency_error):
+        raise UnknownFigure(
+            f"limit {limit}: the error of the {'energies' if energy else 'latencies'} of {device.name} is not known "
+            f"({device.profile.latency_model.origin}, not measured); leave the confidence out"
+        )

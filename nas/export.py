@@ -208,7 +208,7 @@ def _latencies(
     found: dict[str, object] = {}
     try:
         predicted = device.latency(network)
-        found["predicted"] = Figure(predicted.mean_ms, predicted.low_ms, predicted.high_ms, "predicted").to_dict()
+        found["predicted"] = Figure(predicted.mean_ms, predicted.low_ms, predicted.high_ms, predicted.origin).to_dict()
     except (UnavailableCost, UnsupportedLayer) as error:
         if believed is not None and believed.origin == "predicted":
             found["predicted"] = believed.to_dict()

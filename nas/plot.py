@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 LABELS = {
     "accuracy": "accuracy (%)",
     "latency_ms": "latency (ms)",
+    "energy_uj": "energy (uJ)",
     "sram_bytes": "peak SRAM (KiB)",
     "flash_bytes": "flash (KiB)",
     "model_bytes": "model size (KiB)",
@@ -29,7 +30,7 @@ LABELS = {
     "params": "parameters (thousands)",
     "int8_macs_share": "MACs in int8 (%)",
 }
-SCALES = {"fraction": 100.0, "bytes": 1 / 1024, "macs": 1e-6, "params": 1e-3, "ms": 1.0}
+SCALES = {"fraction": 100.0, "bytes": 1 / 1024, "macs": 1e-6, "params": 1e-3, "ms": 1.0, "uJ": 1.0}
 
 
 def check_picture(path: Path) -> None:

@@ -29,6 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from hardware_profiles.machine import int8_weight_limit
 from nas.costs import (
     ALWAYS,
+    WITH_INTERVAL,
     Figure,
     Figures,
     Infeasible,
@@ -234,7 +235,7 @@ def search(
     named = devices_of(items, devices)
     check_objectives(objectives)
     for item in items:
-        if item.name == "latency_ms" and not named[str(item.device)].has_latency:
+        if item.name in WITH_INTERVAL and not named[str(item.device)].has_latency:
             raise UnknownFigure(f"{item.key}: the device is not profiled yet; use nas.profile(space, device)")
     evaluator = evaluator or Evaluator(supernet, data)
     costs = Costs(supernet.space, objectives, limits, named)

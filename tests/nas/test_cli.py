@@ -350,20 +350,51 @@ def test_a_bug_keeps_its_traceback_and_a_failure_does_not(
 # lists ---------------------------------------------------------------------------------------------------
 
 
-def test_spaces_and_devices_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_spaces_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "spaces")
     assert code == DONE and [line.split(":")[0] for line in out.splitlines()] == ["mobilenet", "compact_transformer"]
     code, out, _ = call(capsys, "spaces", "mobilenet")
     assert code == DONE and "resolution:" in out
-    code, out, _ = call(capsys, "devices")
-    assert code == DONE and [line.split(":")[0] for line in out.splitlines()] == sorted(
-        ["adreno540", "host-cpu", "stm32f746", "stm32h743"]
-    )
-    assert "error not known" in next(line for line in out.splitlines() if line.startswith("stm32f746"))
-    code, out, _ = call(capsys, "devices", "stm32h743")
-    assert code == DONE and "limits.sram_bytes: MCUNet" in out
     refused(capsys, BAD_INPUT, "did you mean 'mobilenet'", "spaces", "mobilnet")
+
+
+def test_devices_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hardware_profiles import device_names
+
+    code, out, _ = call(capsys, "devices")
+    titles, *lines = out.splitlines()
+    assert code == DONE and tuple(line.split()[0] for line in lines) == device_names()
+    assert titles.split()[:6] == ["name", "kind", "runtime", "SRAM", "flash", "precisions"]
+    row = {line.split()[0]: line for line in lines}
+    for name, said in {
+        "stm32f746": r"mcu .*TinyEngine +320 KiB +1024 KiB +int8 +derived +not known$",
+        "stm32l4r5-xcubeai": r"mcu .*X-CUBE-AI 7.3 +640 KiB .*fitted +6\.1%, \+-19% +31\.2% +5\.3%, \+-17%$",
+        "host-cpu": r"cpu .*onnxruntime +fp32/int8 +measured +by 'nas profile'$",
+        "ethos-u55-128": r"npu .*Vela 5 +int8 +simulated +not known$",
+    }.items():
+        assert re.search(said, row[name]), row[name]
+    code, out, _ = call(capsys, "devices", "stm32h743")
+    assert code == DONE and "limits.sram_bytes: MCUNet" in out and "memory.sram_overhead: mean over" in out
+    assert "held-out error 1.4% on average (MACs only: 8.8%), 90 % interval +-4%" in out
+    code, out, _ = call(capsys, "devices", "stm32u575-xcubeai")
+    assert code == DONE and re.search(r"^energy: energy over latency of 4 networks", out, re.MULTILINE)
+    code, out, _ = call(capsys, "devices", tiny.write_device(tmp_path))
+    assert code == DONE and "latency fitted; 90 % interval +-10%\n" in out
     refused(capsys, BAD_INPUT, "did you mean 'stm32h743'", "devices", "stm32h473")
+
+
+def test_devices_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from hardware_profiles import device_names
+
+    code, out, _ = call(capsys, "devices", "--format", "json")
+    found = {device["name"]: device for device in json.loads(out)}
+    assert code == DONE and tuple(found) == device_names()
+    assert all(device["sources"]["latency"] for device in found.values())
+    mcu = found["stm32l4r5-cmsisnn"]
+    assert (mcu["kind"], mcu["sram_limit_bytes"], mcu["precisions"]["conv2d"]) == ("mcu", 640 * 1024, ["int8"])
+    assert mcu["latency"]["held_out"]["networks"] == 4 and 0 < mcu["latency"]["relative_error_90"] < 0.3
+    assert mcu["energy"]["power_mw"] == pytest.approx(52, abs=1)
+    assert found["stm32f746"]["latency"]["relative_error_90"] is found["stm32f746"]["energy"] is None
 
 
 def space_of(text: str) -> Any:

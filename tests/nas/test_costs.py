@@ -42,6 +42,9 @@ UNKNOWN = Figure(10.0, None, None, "predicted")
         ("latency_ms@cpu <= 5ms", 5.0),
         ("latency_ms@cpu<=2s", 2000.0),
         ("latency_ms@cpu<=500us", 0.5),
+        ("energy_uj@mcu<=500", 500.0),
+        ("energy_uj@mcu<=2.5mJ", 2500.0),
+        ("energy_uj@mcu <= 0.001J", 1000.0),
         ("sram_bytes@mcu <= 320KiB", 327_680.0),
         ("flash_bytes@mcu<=1MiB", 1_048_576.0),
         ("flash_bytes@mcu<=1MB", 1_000_000.0),
@@ -64,6 +67,8 @@ def test_limits_are_read_in_any_unit_of_the_figure(text: str, value: float) -> N
     [
         ("latency_ms@cpu<=5KiB", "latency_ms is in ms, not 'KiB'; write a plain number, or one of ms, us, s"),
         ("sram_bytes@mcu<=5ms", "sram_bytes is in bytes, not 'ms'"),
+        ("energy_uj@mcu<=5ms", "energy_uj is in uJ, not 'ms'; write a plain number, or one of uJ, mJ, J"),
+        ("energy_uj<=5", "energy_uj belongs to a device; write energy_uj@DEVICE"),
         ("latency_ms<=5", "latency_ms belongs to a device; write latency_ms@DEVICE"),
         ("accuracy@cpu>=0.9", "accuracy does not depend on a device"),
         ("latencyms@cpu<=5", "did you mean 'latency_ms'?"),
@@ -173,6 +178,62 @@ def test_what_a_device_cannot_run_costs_infinitely_much(tmp_path: Path) -> None:
     int8 = space.lower(space.with_precision(space.largest, "int8"))
     assert math.isfinite(device.figure(int8, "latency_ms").value) and device.refusal(int8) == ""
     assert device.figure(int8, "latency_ms").low is None
+
+
+ENERGY = {
+    "origin": "fitted",
+    "source": "made up",
+    "power_mw": 40.0,
+    "relative_error": 0.25,
+    "held_out": {"mape": 0.1},
+}
+
+
+def test_energy_is_a_figure_of_the_devices_that_have_one(tmp_path: Path) -> None:
+    device = ProfiledDevice(tiny.device(tmp_path, energy=ENERGY))
+    space = tiny.space()
+    network = space.lower(space.largest)
+    figures = cheap_figures(network, ["latency_ms@toy", "energy_uj@toy"], {"toy": device})
+    energy, latency = figures["energy_uj@toy"], figures["latency_ms@toy"]
+    assert energy.value == pytest.approx(40 * latency.value) and energy.origin == "predicted"
+    assert (energy.low, energy.high) == pytest.approx((0.75 * energy.value, 1.25 * energy.value))
+    limit = parse_limit("energy_uj@toy<=1mJ", 0.95)
+    assert limit.confidence == 0.95 and minimize("energy_uj", device).unit == "uJ"
+    assert limit.violation(energy) == pytest.approx(energy.high / 1000 - 1)  # type: ignore[operator]
+    check_devices([limit, minimize("energy_uj", "toy")], {"toy": device})
+    assert device.key != ProfiledDevice(tiny.device(tmp_path, energy=ENERGY | {"power_mw": 41.0})).key
+
+
+def test_energy_of_a_device_without_one_is_refused(tmp_path: Path) -> None:
+    devices = {"toy": ProfiledDevice(tiny.device(tmp_path))}
+    for item in (minimize("energy_uj", "toy"), at_most("energy_uj", 5, "toy")):
+        with pytest.raises(UnknownFigure, match=r"no energy of toy was measured; .*\(none is profiled here\)"):
+            check_devices([item], devices)
+    devices["mcu"] = ProfiledDevice(load_device("stm32l4r5-cmsisnn"))
+    with pytest.raises(UnknownFigure, match=r"name a device with an energy model \(mcu\)"):
+        check_devices([minimize("energy_uj", "toy")], devices)
+    derived = {"origin": "derived", "source": "made up", "power_mw": 40.0}
+    devices["toy"] = ProfiledDevice(tiny.device(tmp_path, energy=derived))
+    check_devices([at_most("energy_uj", 5, "toy")], devices)
+    with pytest.raises(UnknownFigure, match="error of the energies of toy is not known"):
+        check_devices([at_most("energy_uj", 5, "toy", confidence=0.95)], devices)
+
+
+def test_energy_of_a_network_that_cannot_run_is_infinite() -> None:
+    space = tiny.space()
+    device = ProfiledDevice(load_device("stm32l4r5-cmsisnn"))
+    assert device.figure(space.lower(space.largest), "energy_uj").value == math.inf
+
+
+def test_an_estimate_says_that_it_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hardware_profiles import device as device_module
+
+    monkeypatch.setattr(device_module, "estimate", lambda network, accelerator: 1.5)
+    space = tiny.space()
+    npu = ProfiledDevice(load_device("ethos-u55-128"))
+    network = space.lower(space.with_precision(space.largest, "int8"))
+    assert npu.figure(network, "latency_ms") == Figure(1.5, None, None, "simulated")
+    assert npu.has_latency and not npu.has_latency_error
 
 
 def test_a_layer_that_no_measurement_covers_costs_infinitely_much_time_only(tmp_path: Path) -> None:
