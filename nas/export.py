@@ -284,7 +284,8 @@ def _device_row(name: str, costs: Mapping[str, object]) -> str:
         return f"| {name} | cannot run it: a precision it does not have | | |"
     latency = costs["latency_ms"]
     assert isinstance(latency, dict)
-    shown = [f"{latency['predicted']['value']:.4g} predicted"] if "predicted" in latency else []
+    believed = latency.get("predicted")
+    shown = [f"{believed['value']:.4g} {believed['origin']}"] if believed else []
     if "measured" in latency:
         shown.append(f"{latency['measured']['latency_ms']:.4g} measured ({costs['runtime']})")
     fits = "" if costs.get("fits", True) else " (does not fit)"

@@ -187,7 +187,7 @@ def test_an_unknown_name_gets_the_nearest_one_and_is_never_a_path() -> None:
     with pytest.raises(UnknownDevice, match=r"unknown device 'stm32h747'; did you mean 'stm32h743'\?") as caught:
         load_device("stm32h747")
     assert isinstance(caught.value, LookupError)
-    with pytest.raises(UnknownDevice, match="known: adreno540, .*host-cpu"):
+    with pytest.raises(UnknownDevice, match=r"known: adreno540, .*host-cpu"):
         load_device("zzz")
 
 

@@ -64,6 +64,20 @@ def enumerate_space(space: SearchSpace) -> set[Architecture]:
 SMALL = {"depths": (1,), "expansions": (1,), "strides": (1,), "widths": (8,)}
 
 
+def test_energy_is_searched_for_and_limited_like_latency(tmp_path: Path) -> None:
+    energy = {"origin": "fitted", "source": "made up", "power_mw": 40.0, "relative_error": 0.2, "held_out": {}}
+    device = ProfiledDevice(tiny.device(tmp_path, energy=energy))
+    objectives = [maximize("accuracy"), minimize("energy_uj", device)]
+    front = run(tiny.FakeEvaluator(tiny.space()), objectives)
+    spent = sorted(point["energy_uj@toy"] for point in front.points)
+    assert len(spent) > 2 and all(point.figures["energy_uj@toy"].origin == "predicted" for point in front.points)
+    most = (spent[0] + spent[-1]) / 2
+    limited = run(tiny.FakeEvaluator(tiny.space()), objectives, [at_most("energy_uj", most, device, confidence=0.95)])
+    assert limited.points and all(1.2 * point["energy_uj@toy"] <= most for point in limited.points)
+    with pytest.raises(UnknownFigure, match="no energy of toy was measured"):
+        run(tiny.FakeEvaluator(tiny.space()), [minimize("energy_uj", ProfiledDevice(tiny.device(tmp_path)))])
+
+
 # what is evaluated ---------------------------------------------------------------------------------------
 
 
