@@ -2,8 +2,12 @@
 
 Vela's own words on its numbers are that they are there for the decisions of the compiler, do not stand for real
 performance, and are not to be compared between settings; a model of the hardware or an FPGA would tell. So they rank
-networks for one accelerator in one configuration, and no error of them is known. Stored weights are compressed, and
-random ones compress less than trained ones, so that a network whose weights come from flash is estimated too slow.
+networks for one accelerator in one configuration, and no error of them is known.
+
+Stored weights are compressed. The normally distributed ones written here compress as little as the trained ones of
+MLPerf Tiny's residual and keyword networks (7.4 bits of entropy, 7.3 and 7.7); its person detector has 83 % zeros, and
+is estimated at 0.72 ms with normal weights and at 0.44 ms with its own. So a network that waits for its weights and
+will be sparse is estimated too slow.
 
 Vela (the package ethos-u-vela) is optional and runs as a program of its own.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from hardware_profiles import UnavailableCost, UnsupportedLayer, load_device
 from hardware_profiles import vela as vela_module
 from hardware_profiles.vela import VelaFailed, estimate
-from search_spaces import MobileNet, Network
+from search_spaces import INPUT, INT8, Layer, MobileNet, Network
+from search_spaces import layers as L
+from search_spaces.layers import Port, assemble, port
 
 HAS_VELA = find_spec("ethosu") is not None
 
@@ -111,3 +114,30 @@ def test_vela_is_never_faster_than_the_hardware_and_slower_for_more_work() -> No
     assert times[1] > 2 * times[0]
     estimate.cache_clear()
     assert device.latency(small).mean_ms == times[0]
+
+
+@pytest.mark.skipif(not HAS_VELA, reason="needs ethos-u-vela, the optional extra npu")
+def test_a_network_written_here_costs_what_the_published_file_of_it_costs(data_folder: Path, tmp_path: Path) -> None:
+    """MLPerf Tiny's residual network, whose trained weights compress as little as normal ones; its softmax is left."""
+    made: list[Layer] = []
+
+    def conv(name: str, source: Port, width: int, **options: Any) -> Port:
+        made.append(L.conv2d(name, source, width, padding="same", precision=INT8, **options))
+        return port(made[-1])
+
+    tensor = conv("stem", Port(INPUT, (3, 32, 32)), 16, kernel=3, activation="relu")
+    for index, (width, stride) in enumerate(((16, 1), (32, 2), (64, 2))):
+        body = conv(f"first{index}", tensor, width, kernel=3, stride=stride, activation="relu")
+        body = conv(f"second{index}", body, width, kernel=3)
+        shortcut = conv(f"shortcut{index}", tensor, width, stride=stride) if stride > 1 else tensor
+        made.append(L.add(f"add{index}", body, shortcut))
+        tensor = port(made[-1])
+    pool = L.global_average_pool("pool", tensor)
+    flat = L.reshape("flat", port(pool), (64,))
+    classifier = L.linear("classifier", port(flat), 10, precision=INT8)
+    network = assemble((3, 32, 32), [(*made, pool, flat, classifier)])
+    assert network.macs == 12_501_632
+    published = (data_folder / "mlperf_tiny_models" / "pretrainedResnet_quant.tflite").read_bytes()
+    (tmp_path / "network.tflite").write_bytes(published)
+    vela_module._run_vela(tmp_path, "ethos-u55-128")
+    assert estimate(network, "ethos-u55-128") == pytest.approx(vela_module._inference_ms(tmp_path), rel=0.05)
