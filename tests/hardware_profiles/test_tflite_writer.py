@@ -117,6 +117,26 @@ def test_weights_are_int8_with_a_largest_of_127_in_every_output_channel() -> Non
         assert bias.table(4).array(2, "<f4") == pytest.approx(scale * quantization.array(2, "<f4"))
 
 
+def test_products_and_windows() -> None:
+    stem = L.conv2d("stem", Port(INPUT, (4, 6, 6)), 4, precision=INT8)
+    gate = L.conv2d("gate", port(L.global_average_pool("mean", port(stem))), 4, precision=INT8)
+    mean = L.global_average_pool("mean", port(stem))
+    scaled = L.multiply("scaled", port(stem), port(gate))
+    window = L.max_pool("window", port(scaled), kernel=3, stride=2)
+    network = assemble((4, 6, 6), [(stem, mean, gate, scaled, window)])
+    model, graph = graph_of(write_tflite(network, np.random.default_rng(0)))
+    operators = graph.tables(3)
+    multiply, pad, max_pool = 18, 34, 17
+    codes = [model.tables(1)[operator.value(0, "<I")].value(3, "<i") for operator in operators]
+    assert codes == [CONV, POOL, CONV, multiply, pad, max_pool]
+    inputs = [operator.array(1, "<i4").tolist() for operator in operators]
+    outputs = [operator.array(2, "<i4")[0] for operator in operators]
+    assert inputs[3] == [outputs[0], outputs[2]] and inputs[5] == [outputs[4]]
+    options = operators[5].table(4)
+    assert [options.value(number, "<i") for number in (1, 2, 3, 4)] == [2, 2, 3, 3]
+    assert tuple(graph.tables(0)[outputs[5]].array(0, "<i4")) == (1, 3, 3, 4)
+
+
 def test_the_same_seed_writes_the_same_file() -> None:
     first, again, other = (write_tflite(network(), np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert first == again != other
