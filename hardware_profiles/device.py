@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ SCHEMA = 1
 DEVICE_KINDS = ("cpu", "mcu", "gpu", "npu")
 ORIGINS = ("fitted", "derived", "measured", "simulated")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_THREADED = re.compile(r"(host-cpu)-([2-9]|[1-9][0-9]{1,2})-threads")
 _REQUIRED = object()
 
 
@@ -119,8 +120,14 @@ class DeviceProfile:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def is_measured_live(self) -> bool:
+    def is_measured(self) -> bool:
+        """Whether latencies are measured for each space, on this machine or by a command, rather than shipped."""
         return self.latency_model.origin == "measured"
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether it is this machine, which may be measured at any time; a command is only run when asked for."""
+        return self.is_measured and self.latency_model.command is None
 
     def illegal_layers(self, network: Network) -> tuple[str, ...]:
         """Names of the layers that the device cannot run as they are; nothing is converted silently."""
@@ -175,9 +182,18 @@ def device_names() -> tuple[str, ...]:
 def load_device(name_or_path: str | Path) -> DeviceProfile:
     """A shipped profile by name, or a file: anything with a path separator or a .yaml suffix.
 
+    `host-cpu-4-threads`, or with another number, is this machine with so many threads: a device of its own, whose
+    measurements are not those of one thread.
+
     Raises UnknownDevice with the nearest name, and InvalidProfile in one line for a file that is not right.
     """
     text = str(name_or_path)
+    threaded = _THREADED.fullmatch(text)
+    if threaded and threaded[1] in device_names():
+        count = int(threaded[2])
+        return replace(
+            load_device(threaded[1]), name=text, title=f"The CPU of this machine, {count} threads", threads=count
+        )
     is_file = isinstance(name_or_path, Path) or text.endswith((".yaml", ".yml")) or "/" in text or os.sep in text
     if not is_file and text not in device_names():
         raise UnknownDevice(f"unknown device {text!r}{_nearest(text, device_names())}; or give the path of a YAML file")

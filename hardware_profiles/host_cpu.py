@@ -61,6 +61,7 @@ class UnmeasurableModel(RuntimeError):
 def measure_models(
     models: Mapping[str, bytes],
     *,
+    device: str = DEVICE,
     threads: int = 1,
     rounds: int = 10,
     patience_s: float = 180.0,
@@ -113,7 +114,7 @@ def measure_models(
         model: Measurement(
             **numbers["figures"],
             provenance=Provenance(
-                device=DEVICE,
+                device=device,
                 runtime=runtime,
                 threads=threads,
                 batch=1,

@@ -56,6 +56,7 @@ def _one_line(error: Exception) -> str:
 def _exit_code(error: Exception) -> int | None:
     """Errors that say what to do get a line; anything else is a bug and keeps its traceback."""
     from hardware_profiles import InvalidProfile, UnavailableCost, UnknownDevice, UnsupportedLayer
+    from hardware_profiles.command_backend import MeasurementFailed
     from hardware_profiles.host_cpu import NoisyMachine, UnmeasurableModel
     from hardware_profiles.vela import VelaFailed
     from nas.augmentation import MissingKornia
@@ -73,8 +74,8 @@ def _exit_code(error: Exception) -> int | None:
     bad = (BadExperiment, BadData, UnknownFigure, UnknownDevice, InvalidProfile, UnknownSpace, InvalidArchitecture)
     if isinstance(error, (*bad, InvalidNetwork, UnavailableCost, UnsupportedLayer, ValueError)):
         return BAD_INPUT
-    failed = (TrainingDiverged, NoisyMachine, UnmeasurableModel, VelaFailed, CorruptCheckpoint, ExportFailed, OSError)
-    return FAILED if isinstance(error, (*failed, MissingKornia, WorkerLost)) else None
+    failed = (TrainingDiverged, NoisyMachine, UnmeasurableModel, MeasurementFailed, VelaFailed, CorruptCheckpoint)
+    return FAILED if isinstance(error, (*failed, ExportFailed, MissingKornia, WorkerLost, OSError)) else None
 
 
 # verbs ---------------------------------------------------------------------------------------------------
@@ -347,7 +348,7 @@ def _columns_of_devices(profiles: Sequence[DeviceProfile]) -> dict[str, list[str
         return f"{limit / 1024:.0f} KiB" if limit else ""
 
     baselines = [profile.latency_model.held_out.get("macs_only_mape") for profile in profiles]
-    live = [profile.is_measured_live for profile in profiles]
+    live = [profile.is_measured for profile in profiles]
     return {
         "name": [profile.name for profile in profiles],
         "kind": [profile.kind for profile in profiles],
@@ -486,7 +487,7 @@ def _summary_of_device(device: Any) -> str:
     if device.predictor:
         median, of_macs = held_out["median_error"], held_out["macs_only"]["median_error"]
         error = f"held-out median error {median:.1%} (MACs only: {of_macs:.1%})"
-    elif profile.is_measured_live:
+    elif profile.is_measured:
         error = "fitted by 'nas profile'"
     else:
         error = _held_out_error(profile.latency_model)

@@ -108,13 +108,13 @@ class ProfiledDevice:
     @property
     def has_latency(self) -> bool:
         """Whether latencies can be predicted; a device that is measured needs a predictor, see `nas.profile`."""
-        return self.predictor is not None or not self.profile.is_measured_live
+        return self.predictor is not None or not self.profile.is_measured
 
     @property
     def has_latency_error(self) -> bool:
         """Whether the error of its latencies is known, or will be once the device is profiled."""
         model = self.profile.latency_model
-        return self.predictor is not None or self.profile.is_measured_live or model.relative_error is not None
+        return self.predictor is not None or self.profile.is_measured or model.relative_error is not None
 
     @property
     def has_energy_error(self) -> bool:

@@ -147,8 +147,11 @@ class Run:
         return Supernet(self.space, seed=self.experiment.seed, kernel_transforms=transforms)
 
     def profile(self, settings: DeviceSettings) -> tuple[Run, ProfiledDevice]:
-        """Profile a device; returns the run with the device in its experiment, and the device."""
-        device = self.device(settings)
+        """Profile a device; returns the run with the device in its experiment, and the device.
+
+        The only place where the command of a device file is run.
+        """
+        device = self.device(settings, may_run_commands=True)
         if settings in self.experiment.devices:
             return self, device
         others = [held for held in self.experiment.devices if load_device(held.name).name != device.name]
@@ -156,17 +159,28 @@ class Run:
         run._write()
         return run, device
 
-    def device(self, settings: DeviceSettings) -> ProfiledDevice:
-        """A device, profiled now unless the run has its predictor for this space."""
+    def device(self, settings: DeviceSettings, *, may_run_commands: bool = False) -> ProfiledDevice:
+        """A device, profiled now unless the run has its predictor for this space.
+
+        Raises BadExperiment where that needs a command to be run and `may_run_commands` does not allow it.
+        """
         described = load_device(settings.name)
-        if not described.is_measured_live:
+        if not described.is_measured:
             return ProfiledDevice(described)
         path, about = self._predictor_paths(described.name)
         plan = {"samples": settings.samples, "error": settings.error, "seed": self.experiment.seed}
         wanted = {"space": self.space.name, **plan}
         if path.exists() and about.exists() and read_json(about) == wanted | {"sha256": sha256_of(path)}:
             return ProfiledDevice(described, LatencyPredictor.load(path))
+        command = described.latency_model.command
+        if command is not None and not may_run_commands:
+            raise BadExperiment(
+                f"{described.name} is measured by a command, which only 'nas profile' runs: "
+                f"read it ({command.command}), then run 'nas profile {self.folder} --device {settings.name}'"
+            )
         log.info("profiling %s: measuring at most %d subnets", described.name, settings.samples)
+        if command is not None:
+            log.info("each by the command: %s", command.command)
         with stage(self.folder, "profile"):
             profiled = profile(
                 self.space,
@@ -223,7 +237,7 @@ class Run:
         """Held-out checks of the predictors of measured devices, kept beside them."""
         found = {}
         for name, device in self.devices.items():
-            if device.predictor is None:
+            if device.predictor is None or not device.profile.is_at_hand:
                 continue
             path = self.folder / "devices" / f"{name}.check.json"
             if not path.exists() or read_json(path).get("predictor") != device.key:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hardware_profiles import DeviceProfile, features
+from hardware_profiles.command_backend import CommandBackend
 from hardware_profiles.files import read_json, write_json
 from hardware_profiles.host_cpu import measure_models
 from hardware_profiles.machine import int8_weight_limit
@@ -49,7 +50,9 @@ def profile(
     patience_s: float = 180.0,
     record: Path | None = None,
 ) -> ProfiledDevice:
-    """Figures of a device for a space: fitted on measurements where the device is this machine, else as shipped.
+    """Figures of a device for a space: fitted on measurements where its profile says `measured`, else as shipped.
+
+    What is measured is this machine, or, where the profile has a command, what the command reaches: it is run.
 
     The first subnets are the extremes and a spread over MACs and precisions. Then, batch by batch, half are drawn like
     those and half are what the predictor is least sure of, until its held-out error is small enough or `samples` are
@@ -64,10 +67,10 @@ def profile(
         patience_s: how long to wait for slow phases of the machine to pass, in each batch.
         record: JSON file that keeps what is measured, batch by batch; a profile that was stopped goes on from it.
 
-    Raises hardware_profiles.host_cpu.NoisyMachine when the machine stays slow, ValueError for too few samples or a
-    record that is none.
+    Raises hardware_profiles.host_cpu.NoisyMachine when the machine stays slow, command_backend.MeasurementFailed when
+    a command does, ValueError for too few samples or a record that is none.
     """
-    if not device.is_measured_live:
+    if not device.is_measured:
         return ProfiledDevice(device)
     if samples < FEWEST_SAMPLES:
         raise ValueError(
@@ -79,7 +82,7 @@ def profile(
     while True:
         missing = [one for one in plan.measured if str(one) not in found]
         if missing:
-            new = measure_untrained(space, missing, device, seed=seed, patience_s=patience_s)
+            new = measure_untrained(space, missing, device, seed=seed, patience_s=patience_s, record=record)
             found = _of_one_kind(found, {str(one): new[one.id] for one in missing})
             _write_record(record, space, found)
             continue  # with what was measured otherwise before
@@ -216,22 +219,41 @@ def measure_untrained(
     *,
     seed: int = 0,
     patience_s: float = 180.0,
+    record: Path | None = None,
 ) -> dict[str, Measurement]:
-    """Latencies of architectures by id, with random weights."""
+    """Latencies of architectures by id, with random weights; see `measure`."""
     models = {a.id: untrained_model(space.lower(a), seed) for a in architectures}
-    return measure(models, device, patience_s=patience_s)
+    return measure(models, device, patience_s=patience_s, record=record)
 
 
-def measure(models: Mapping[str, bytes], device: DeviceProfile, *, patience_s: float = 180.0) -> dict[str, Measurement]:
-    """Measure ONNX models on this machine in a process of their own, with a progress bar."""
+def measure(
+    models: Mapping[str, bytes], device: DeviceProfile, *, patience_s: float = 180.0, record: Path | None = None
+) -> dict[str, Measurement]:
+    """Measure ONNX models by the command of the device, or on this machine in a process of their own.
+
+    The visits of an unfinished measurement by a command are kept beside `record`, and gone on from.
+    """
+    command = device.latency_model.command
     with progress_bar(desc=f"measure on {device.name}", unit="round") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
+        if command is not None:
+            backend = CommandBackend(
+                device=device.name,
+                runtime=device.runtime,
+                hardware=device.title,
+                threads=device.threads,
+                patience_s=patience_s,
+                **asdict(command),
+            )
+            visits = record.with_suffix(".visits.json") if record else None
+            return backend.measure(models, progress, record=visits)
         return measure_models(
             models,
+            device=device.name,
             threads=device.threads,
             patience_s=patience_s,
             anchor_record=anchor_record(),

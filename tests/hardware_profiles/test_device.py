@@ -48,6 +48,15 @@ def write(folder: Path, change: dict[str, Any]) -> Path:
     return path
 
 
+def test_the_host_with_more_threads_is_a_device_of_its_own() -> None:
+    one, four = load_device("host-cpu"), load_device("host-cpu-4-threads")
+    assert (four.name, four.threads, four.is_at_hand) == ("host-cpu-4-threads", 4, True)
+    assert four.precisions == one.precisions and "4 threads" in four.title
+    for wrong in ("host-cpu-1-threads", "host-cpu-0-threads", "adreno540-4-threads", "host-cpu-4"):
+        with pytest.raises(UnknownDevice):
+            load_device(wrong)
+
+
 def test_the_shipped_devices_load_under_their_names() -> None:
     kinds = {
         "adreno540": "gpu",
@@ -139,7 +148,7 @@ def test_what_no_measurement_covers_is_refused() -> None:
 
 def test_unavailable_costs_say_so() -> None:
     host = load_device("host-cpu")
-    assert host.is_measured_live and not load_device("adreno540").is_measured_live
+    assert host.is_measured and host.is_at_hand and not load_device("adreno540").is_measured
     with pytest.raises(UnavailableCost, match="host-cpu has no latency model"):
         host.latency(sampled(FP32_NET))
     with pytest.raises(UnavailableCost, match="host-cpu has no memory planner"):

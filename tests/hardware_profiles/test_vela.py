@@ -96,7 +96,7 @@ def test_where_vela_is_missing_it_says_how_to_install_it(monkeypatch: pytest.Mon
 
 def test_the_profile_says_what_it_is() -> None:
     device = load_device("ethos-u55-128")
-    assert device.kind == "npu" and not device.is_measured_live and device.latency_model.relative_error is None
+    assert device.kind == "npu" and not device.is_measured and device.latency_model.relative_error is None
     assert "Not a measurement" in device.latency_model.source
     fp32 = MobileNet(precisions=("fp32",))
     illegal = device.illegal_layers(fp32.lower(fp32.smallest))

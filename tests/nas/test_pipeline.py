@@ -215,6 +215,47 @@ def test_a_live_device_is_profiled_once_and_its_front_is_measured(
     assert device.key != run.devices["host-cpu"].key
 
 
+BOARD = """
+import os, sys
+size = os.path.getsize(sys.argv[1])
+with open(sys.argv[2], "a") as log:
+    log.write(f"{size}\\n")
+print("warming up")
+print(f"latency_ms: {0.1 + size * 1e-5}")
+"""
+
+
+def board(folder: Path) -> Path:
+    """A device file with a command whose latency grows with the size of the model; it leaves a line a run."""
+    (folder / "board.py").write_text(BOARD)
+    described = yaml.safe_load((ROOT / "hardware_profiles" / "devices" / "host-cpu.yaml").read_text())
+    command = f"{sys.executable} {folder / 'board.py'} {{model}} {folder / 'runs.txt'}"
+    described["latency"] |= {"command": command, "repeats": 1, "anchor": False}
+    described |= {"name": "board", "title": "a board", "runtime": "its own"}
+    (folder / "board.yaml").write_text(yaml.safe_dump(described))
+    return folder / "board.yaml"
+
+
+def test_a_command_is_run_by_profile_alone(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = board(tmp_path)
+    with pytest.raises(BadExperiment, match="measured by a command, which only 'nas profile' runs: read it"):
+        run.device(DeviceSettings(str(file), 40))
+    assert main(["profile", str(run.folder), "--device", str(file), "--samples", "40"]) == 0
+    out, err = capsys.readouterr()
+    assert "each by the command: " in err and "board.py" in err and "board" in out
+    visits = (tmp_path / "runs.txt").read_text().splitlines()
+    assert 40 <= len(visits) <= 44
+    joined = Run.open(run.folder)
+    device = joined.devices["board"]
+    assert device.predictor is not None and device.predictor.report()["within_10_percent"] > 0.9
+    assert device.predictor.provenance["runtime"] == "its own" and device.predictor.provenance["cpu"] == "a board"
+    with_search(joined, ["latency_ms@board<=100"], None, None).search()  # by predictions
+    assert joined.check_predictors() == {}
+    assert (tmp_path / "runs.txt").read_text().splitlines() == visits
+
+
 def test_a_device_that_is_profiled_later_joins_the_run(run: Run) -> None:
     joined, device = run.profile(DeviceSettings("stm32h743"))
     assert device.name == "stm32h743"
