@@ -42,7 +42,15 @@ OUTPUT = "logits"
 
 # onnxruntime's operators that multiply or add integers (those of its own domain included)
 INTEGER_OPERATORS = frozenset(
-    {"QLinearConv", "QGemm", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearGlobalAveragePool"}
+    {
+        "QLinearConv",
+        "QGemm",
+        "QLinearMatMul",
+        "QLinearAdd",
+        "QLinearMul",
+        "QLinearAveragePool",
+        "QLinearGlobalAveragePool",
+    }
 )
 _TOKEN = re.compile(r"_token_\d+$")
 
@@ -300,14 +308,16 @@ def _pool(graph: _Graph, layer: Layer) -> None:
         output = graph.raw(layer.name)
         graph.finish(layer, graph.node("GlobalAveragePool", [graph.operand(layer, 0)], output, layer.name))
         return
-    _rearrange(
-        graph,
-        layer,
-        "MaxPool",
-        kernel_shape=[layer.kernel] * 2,
-        strides=[layer.stride] * 2,
-        pads=list(layer.padding),
-    )
+    window = {
+        "kernel_shape": [layer.kernel] * 2,
+        "strides": [layer.stride] * 2,
+        "pads": list(layer.padding),
+    }
+    if layer["mode"] == "average":
+        output = graph.raw(layer.name)
+        graph.finish(layer, graph.node("AveragePool", [graph.operand(layer, 0)], output, layer.name, **window))
+        return
+    _rearrange(graph, layer, "MaxPool", **window)
 
 
 def _reshape(graph: _Graph, layer: Layer) -> None:

@@ -222,6 +222,13 @@ def _parameter(layer: Layer, inputs: list[Tensor], parameters: Parameters, norma
 def _pool(layer: Layer, inputs: list[Tensor], parameters: Parameters, normalization: Normalization) -> Tensor:
     if layer["mode"] == "global_average":
         return inputs[0].mean(dim=(2, 3), keepdim=True)
+    if layer["mode"] == "average":
+        top, left, bottom, right = layer.padding
+        sums, counts = (
+            F.avg_pool2d(F.pad(x, (left, right, top, bottom)), layer.kernel, layer.stride, divisor_override=1)
+            for x in (inputs[0], torch.ones_like(inputs[0][:1, :1]))
+        )
+        return sums / counts
     return F.max_pool2d(inputs[0], layer.kernel, layer.stride, layer.padding[0])
 
 

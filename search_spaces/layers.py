@@ -374,6 +374,21 @@ def max_pool(name: str, source: Port, *, kernel: int, stride: int) -> Layer:
     )
 
 
+def average_pool(name: str, source: Port, *, kernel: int, stride: int) -> Layer:
+    """Average pooling, padded as TensorFlow pads (a side becomes size / stride, rounded up); padding is not counted."""
+    top, bottom = pad_for(kernel, stride, source.shape[1], "same")
+    left, right = pad_for(kernel, stride, source.shape[2], "same")
+    return _layer(
+        name,
+        "pool",
+        source,
+        kernel=kernel,
+        stride=stride,
+        padding=(top, left, bottom, right),
+        attributes=(("mode", "average"),),
+    )
+
+
 def add(name: str, a: Port, b: Port) -> Layer:
     """Element-wise sum of two tensors of one shape."""
     return _layer(name, "add", a, b)

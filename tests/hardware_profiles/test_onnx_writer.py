@@ -32,6 +32,7 @@ from search_spaces.layers import (
     activation,
     add,
     assemble,
+    average_pool,
     conv2d,
     global_average_pool,
     layer_norm,
@@ -96,6 +97,10 @@ def _compute(layer: Layer, inputs: list[torch.Tensor], weights: dict[str, torch.
         x = weights["value"][None]
     elif layer.kind == "pool" and dict(layer.attributes)["mode"] == "max":
         x = F.max_pool2d(F.pad(x, (left, right, top, bottom), value=-torch.inf), layer.kernel, layer.stride)
+    elif layer.kind == "pool" and dict(layer.attributes)["mode"] == "average":
+        holes = F.pad(torch.ones_like(x), (left, right, top, bottom))  # a mean is a sum over a count of real pixels
+        sums = F.avg_pool2d(F.pad(x, (left, right, top, bottom)), layer.kernel, layer.stride)
+        x = sums / F.avg_pool2d(holes, layer.kernel, layer.stride)
     elif layer.kind == "pool":
         x = x.mean((2, 3), keepdim=True)
     elif layer.kind == "add":
@@ -144,7 +149,8 @@ def _every_kind(*, quantized: bool) -> Network:
     pool = max_pool("pool", port(stem), kernel=3, stride=2)
     grouped = conv2d("grouped", port(pool), 8, kernel=3, groups=2, norm=False, **own)
     total = add("add", port(pool), port(grouped))
-    mean = global_average_pool("mean", port(total))
+    smooth = average_pool("smooth", port(total), kernel=3, stride=1)
+    mean = global_average_pool("mean", port(smooth))
     gate = conv2d("gate", port(mean), 8, activation="relu", norm=False, **own)
     gated = multiply("multiply", port(total), port(gate))
     count = gated.out_shape[1] * gated.out_shape[2]
@@ -165,8 +171,8 @@ def _every_kind(*, quantized: bool) -> Network:
     mixed = matmul("mixed", port(weights), port(norm))
     rows = reshape("rows", port(mixed), (count * 6,))
     out = linear("out", port(rows), 5, **own)
-    layers = (stem, pool, grouped, total, mean, gate, gated, flat, tokens, hidden, positions, placed, norm, swish)
-    layers += (gelu, sigmoid, clipped, halved, turned, scores, weights, mixed, rows, out)
+    layers = (stem, pool, grouped, total, smooth, mean, gate, gated, flat, tokens, hidden, positions, placed, norm)
+    layers += (swish, gelu, sigmoid, clipped, halved, turned, scores, weights, mixed, rows, out)
     return assemble((3, 9, 7), [layers])
 
 
@@ -342,6 +348,7 @@ def test_kernels_of_every_kind(tmp_path: Path, rng: np.random.Generator) -> None
         "stem": "QLinearConv",
         "grouped": "QLinearConv",
         "add": "QLinearAdd",
+        "smooth": "QLinearAveragePool",
         "mean": "QLinearGlobalAveragePool",
         "gate": "QLinearConv",
         "multiply": "QLinearMul",

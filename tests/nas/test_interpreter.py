@@ -158,6 +158,18 @@ def test_max_pool_against_a_loop(draw) -> None:  # type: ignore[no-untyped-def]
                 assert float(got[0, channel, i, j]) == float(x[0, channel, rows, columns].max())
 
 
+@pytest.mark.parametrize(("kernel", "stride", "before"), [(3, 1, 1), (2, 2, 0), (3, 2, 0)])
+def test_average_pool_against_a_loop_over_real_pixels(draw, kernel: int, stride: int, before: int) -> None:  # type: ignore[no-untyped-def]
+    """`before`: pixels of padding above and to the left of a 6x8 map, by TensorFlow's rule."""
+    x = draw(2, 3, 6, 8)
+    got = run(x, L.average_pool("p", source(x), kernel=kernel, stride=stride))
+    assert got.shape == (2, 3, 6 // stride, 8 // stride)
+    for i in range(got.shape[2]):
+        for j in range(got.shape[3]):
+            rows, columns = (slice(max(0, stride * k - before), stride * k - before + kernel) for k in (i, j))
+            np.testing.assert_allclose(got[:, :, i, j], x.numpy()[:, :, rows, columns].mean((2, 3)), rtol=1e-4)
+
+
 def test_multiply_broadcasts_channels(draw) -> None:  # type: ignore[no-untyped-def]
     x = draw(2, 3, 4, 4)
     pool = L.global_average_pool("p", source(x))

@@ -69,6 +69,8 @@ def test_layers_without_multiplications_by_hand() -> None:
         (L.softmax("s", TOKENS), (5, 8)),
         (L.global_average_pool("g", IMAGE), (3, 1, 1)),
         (L.max_pool("m", IMAGE, kernel=3, stride=2), (3, 8, 8)),
+        (L.average_pool("v", IMAGE, kernel=3, stride=1), (3, 16, 16)),
+        (L.average_pool("v", Port(INPUT, (3, 7, 8)), kernel=2, stride=2), (3, 4, 4)),
         (L.add("+", TOKENS, Port("b", (5, 8))), (5, 8)),
         (L.multiply("*", IMAGE, Port("b", (3, 1, 1))), (3, 16, 16)),
         (L.reshape("r", TOKENS, (10, 2, 2)), (10, 2, 2)),
