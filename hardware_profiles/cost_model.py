@@ -8,6 +8,12 @@ A feature is `family.precision.quantity`. The family is what a runtime has a ker
     bytes         activations read and written
     weight_bytes  stored parameters read, of the families that have any
 
+Models of GPUs have two more, that a fit which does not ask for them never sees (`shape_features`):
+
+    direct_macs   of the macs of a family `conv`, those that no fast algorithm takes (`has_fast_algorithm`), which
+                  cost that much more each
+    reduction     products in one output element: a thread sums them one after the other, however few the outputs
+
 A tensor that is made in one precision and read in another adds a `quantize` or a `dequantize`, once a
 tensor and not once a reader; the image arrives in float. Summing kernels is the table method of FBNet
 (arXiv 1812.03443), with the table replaced by a line through each family.
@@ -26,6 +32,8 @@ from search_spaces.layers import FREE_ACTIVATIONS
 
 FREE_KINDS = ("parameter",)  # constants: read where they are stored
 QUANTITIES = ("count", "macs", "bytes", "weight_bytes")
+SHAPE_QUANTITIES = ("direct_macs", "reduction")
+WINOGRAD_CHANNELS = 16  # the fewest, in and out, for which ncnn's Vulkan convolution uses Winograd's algorithm
 FAMILIES = (
     "conv",
     "pointwise",
@@ -147,6 +155,30 @@ def accumulate(totals: dict[str, float], prefix: str, macs: float, moved_bytes: 
             totals[key] = totals.get(key, 0.0) + amount
 
 
+def shape_features(layers: Sequence[Layer]) -> dict[str, float]:
+    """What else the time of a GPU kernel depends on: `family.precision.quantity` of `SHAPE_QUANTITIES` -> total."""
+    totals: dict[str, float] = {}
+    for layer in layers:
+        if layer.macs:
+            family, channels = family_of(layer), (layer.in_shapes[0][0], layer.out_shape[0])
+            direct = family == "conv" and not has_fast_algorithm(layer.kernel, layer.stride, channels)
+            accumulate_shape(totals, f"{family}.{layer.precision.name}", layer.macs, prod(layer.out_shape), direct)
+    return totals
+
+
+def has_fast_algorithm(kernel: int, stride: int, channels: tuple[int, int]) -> bool:
+    """Whether a dense convolution can be done with fewer products than MACs (Winograd's, arXiv 1509.09308)."""
+    return kernel == 3 and stride == 1 and min(channels) >= WINOGRAD_CHANNELS
+
+
+def accumulate_shape(totals: dict[str, float], prefix: str, macs: float, outputs: int, direct: bool) -> None:
+    """Add the shape of one kernel with MACs to the features in place; `prefix` is `family.precision`."""
+    for quantity, amount in (("reduction", macs / outputs), ("direct_macs", macs if direct else 0.0)):
+        if amount:
+            key = f"{prefix}.{quantity}"
+            totals[key] = totals.get(key, 0.0) + amount
+
+
 @dataclass(frozen=True)
 class AdditiveModel:
     """latency_ms = constant_ms + sum of coefficient * feature.
@@ -162,6 +194,11 @@ class AdditiveModel:
     def supported(self) -> frozenset[str]:
         """`family.precision` of everything the model was fitted on."""
         return frozenset(name.rpartition(".")[0] for name in self.coefficients)
+
+    @cached_property
+    def prices_shapes(self) -> bool:
+        """Whether any coefficient is of `SHAPE_QUANTITIES`."""
+        return any(name.rpartition(".")[2] in SHAPE_QUANTITIES for name in self.coefficients)
 
     def unsupported_layers(self, network: Network) -> tuple[str, ...]:
         """Names of the layers, and `quantize TENSOR` for the conversions, that the model knows no cost of."""
@@ -187,7 +224,8 @@ class AdditiveModel:
     def layers_ms(self, layers: Sequence[Layer], given: Mapping[str, bool]) -> float:
         """The same for a part of a network, without the constant; `given` as in `features_of`."""
         total = 0.0
-        for name, amount in features_of(layers, given).items():
+        amounts = features_of(layers, given) | (shape_features(layers) if self.prices_shapes else {})
+        for name, amount in amounts.items():
             coefficient = self.coefficients.get(name)
             if coefficient is not None:
                 total += coefficient * amount

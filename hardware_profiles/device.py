@@ -19,7 +19,14 @@ from typing import Any
 import yaml
 
 from hardware_profiles.command import CommandSettings, InvalidCommand
-from hardware_profiles.cost_model import FAMILIES, QUANTITIES, AdditiveModel, Prediction, predicted
+from hardware_profiles.cost_model import (
+    FAMILIES,
+    QUANTITIES,
+    SHAPE_QUANTITIES,
+    AdditiveModel,
+    Prediction,
+    predicted,
+)
 from hardware_profiles.memory import PLANNERS, flash_bytes, peak_sram_bytes
 from hardware_profiles.vela import ACCELERATORS, estimate
 from search_spaces import KINDS, PRECISIONS, Network
@@ -371,7 +378,7 @@ def _latency(section: _Section) -> LatencyModel:
     for name in values:
         family, _, rest = name.partition(".")
         precision, _, quantity = rest.partition(".")
-        if family not in FAMILIES or precision not in PRECISIONS or quantity not in QUANTITIES:
+        if family not in FAMILIES or precision not in PRECISIONS or quantity not in QUANTITIES + SHAPE_QUANTITIES:
             raise InvalidProfile(
                 f"{section.file}: {coefficients.path(name)}: expected FAMILY.PRECISION.QUANTITY"
                 f"{_nearest(family, FAMILIES)}"

@@ -15,6 +15,7 @@ from hardware_profiles.cost_model import (
     family_of,
     features,
     predicted,
+    shape_features,
 )
 from search_spaces import FP32, INPUT, INT8, CompactTransformer, MobileNet, Network
 from search_spaces import layers as L
@@ -97,6 +98,41 @@ def test_latency_is_the_sum_of_price_times_amount(rng: np.random.Generator) -> N
     prices = {name: float(price) for name, price in zip(amounts, rng.random(len(amounts)), strict=True)}
     expected = 0.25 + sum(prices[name] * amounts[name] for name in amounts)
     assert AdditiveModel(prices, 0.25).latency_ms(network) == pytest.approx(expected, rel=1e-12)
+
+
+def shaped_network() -> Network:
+    """Stem of 3 channels -> fast 3x3 -> strided 3x3 -> 5x5 -> 3x3 to 12 channels -> depthwise -> 1x1 -> classifier."""
+    stem = L.conv2d("stem", Port(INPUT, (3, 8, 8)), 16, kernel=3)
+    fast = L.conv2d("fast", port(stem), 20, kernel=3)
+    strided = L.conv2d("strided", port(fast), 16, kernel=3, stride=2)
+    wide = L.conv2d("wide", port(strided), 16, kernel=5)
+    narrow = L.conv2d("narrow", port(wide), 12, kernel=3)
+    depthwise = L.conv2d("depthwise", port(narrow), 12, kernel=3, groups=12)
+    pointwise = L.conv2d("pointwise", port(depthwise), 30)
+    pool = L.global_average_pool("pool", port(pointwise))
+    flat = L.reshape("flat", port(pool), (30,))
+    linear = L.linear("linear", port(flat), 10)
+    return assemble((3, 8, 8), [(stem, fast, strided, wide, narrow, depthwise, pointwise, pool, flat, linear)])
+
+
+def test_shape_features_counted_by_hand() -> None:
+    assert shape_features(shaped_network().layers) == {
+        "conv.fp32.direct_macs": 64 * 16 * 27 + 16 * 16 * 20 * 9 + 16 * 16 * 16 * 25 + 16 * 12 * 16 * 9,
+        "conv.fp32.reduction": 27 + 16 * 9 + 20 * 9 + 16 * 25 + 16 * 9,
+        "depthwise.fp32.reduction": 9,
+        "pointwise.fp32.reduction": 12,
+        "linear.fp32.reduction": 30,
+    }
+
+
+def test_a_model_that_prices_shapes_adds_them_and_one_that_does_not_is_as_before() -> None:
+    network = shaped_network()
+    prices = dict.fromkeys(features(network), 1.0)
+    plain = AdditiveModel(prices).latency_ms(network)
+    assert plain == pytest.approx(sum(features(network).values()), rel=1e-12)
+    direct = shape_features(network.layers)["conv.fp32.direct_macs"]
+    shaped = AdditiveModel({**prices, "conv.fp32.direct_macs": 2.0, "linear.fp32.reduction": 3.0})
+    assert shaped.latency_ms(network) == pytest.approx(plain + 2 * direct + 3 * 30, rel=1e-12)
 
 
 def test_a_family_that_cost_nothing_is_known_and_one_never_seen_is_refused_by_name() -> None:
