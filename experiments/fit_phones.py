@@ -1,0 +1,134 @@
+"""Fit the profiles of phone and board GPUs to ncnn's published benchmark (Vulkan), all of them together.
+
+    python experiments/fit_phones.py DATA_DIR [--write]
+
+DATA_DIR holds ncnn_phone_latency.csv.gz and ncnn_param/*.param: the table of ncnn's benchmark (BSD-3) and the graphs of
+the networks in it. Prints what it found as JSON and writes it to experiments/results/fit_phones.json; --write also
+writes the fitted part of the device files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.fitted import held_out_section, provenance, rounded, write_device, write_result
+from experiments.phone_gpus import (
+    GRAPHS,
+    LARGEST_SPREAD,
+    LEFT_OUT,
+    LOWEST_SPEARMAN,
+    PRICES,
+    TABLE,
+    PhoneTable,
+    price_of,
+    read_phone_table,
+)
+from hardware_profiles.cost_model import FAMILIES, QUANTITIES, SHAPE_QUANTITIES
+from predictors.pooled import PENALTY, TOLERANCE, fit_pooled, predict_networks_left_out
+from predictors.regression import predict_left_out, relative_interval, scores, with_constant
+
+COMMAND = "python experiments/fit_phones.py DATA_DIR"
+LARGEST_ERROR = 0.3  # mean, held out: a GPU that is predicted worse gets no profile
+
+
+def fit(data: Path) -> dict[str, Any]:
+    """Prices of each GPU from all networks, and errors on each network left out on all GPUs."""
+    table = read_phone_table(data)
+    prices = fit_pooled(table.priced, table.latency_ms)
+    left_out_ms = predict_networks_left_out(table.priced, table.latency_ms, np.arange(len(table.names)))
+    return {
+        **provenance(COMMAND),
+        "seed": None,
+        "penalty": PENALTY,
+        "tolerance": TOLERANCE,
+        "rule": f"a GPU is used where the latency follows the MACs (Spearman of {LOWEST_SPEARMAN} or more) and the "
+        f"median of average over minimum is at most {LARGEST_SPREAD}",
+        "networks_left_out": LEFT_OUT,
+        "gpus_of_the_table": table.judged,
+        "networks": [
+            {"name": name, "macs": round(macs)} for name, macs in zip(table.names, table.macs.tolist(), strict=True)
+        ],
+        "covered": covered_families(table),
+        "gpus": {gpu.name: _report(table, i, prices[i], left_out_ms[i]) for i, gpu in enumerate(table.gpus)},
+    }
+
+
+def covered_families(table: PhoneTable) -> list[str]:
+    """Families of our cost model that at least one network has."""
+    return sorted({feature.partition(".")[0] for row in table.rows for feature in row} & set(FAMILIES))
+
+
+def _report(table: PhoneTable, gpu: int, prices: np.ndarray, left_out_ms: np.ndarray) -> dict[str, Any]:
+    ran = np.flatnonzero(~np.isnan(table.latency_ms[gpu]))
+    measured, predicted, macs = table.latency_ms[gpu, ran], left_out_ms[ran], table.macs[ran]
+    relative_error, coverage = relative_interval(predicted, measured)
+    line = predict_left_out(with_constant(macs[:, None]), measured, np.arange(len(ran)), ridge=0.0)
+    found = {"held_out": scores(predicted, measured), "macs_only": scores(line, measured), "coverage": coverage}
+    return {
+        "title": table.gpus[gpu].title,
+        "prices_ms": {name: rounded(price) for name, price in zip(PRICES, prices.tolist(), strict=True)},
+        "relative_error": rounded(relative_error),
+        "held_out": held_out_section(found, len(ran), len(ran)),
+        "left_out": {
+            table.names[j]: {"measured_ms": float(m), "predicted_ms": rounded(p)}
+            for j, m, p in zip(ran.tolist(), measured.tolist(), predicted.tolist(), strict=True)
+        },
+    }
+
+
+def device_sections(result: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The written part of a device file: every price written out for the features that pay it."""
+    own, covered = result["gpus"][name], result["covered"]
+    coefficients = {}
+    for quantity in QUANTITIES + SHAPE_QUANTITIES:
+        for family in covered:
+            price = price_of(family, quantity)
+            if price is not None:
+                coefficients[f"{family}.fp32.{quantity}"] = own["prices_ms"][price]
+    macs = [network["macs"] for network in result["networks"] if network["name"] in own["left_out"]]
+    return {
+        "latency": {
+            "origin": "fitted",
+            "source": f"fitted to the fastest run of {len(macs)} networks in ncnn's published benchmark, "
+            f"{min(macs) / 1e6:.0f} to {max(macs) / 1e6:.0f} million MACs, together with {len(result['gpus']) - 1} other "
+            "GPUs, whose prices this one's are drawn towards; held-out errors are on networks left out on all of them; "
+            f"families that none of the networks has ({', '.join(sorted(set(FAMILIES) - set(covered)))}) are refused",
+            "constant_ms": 0.0,
+            "coefficients_ms": coefficients,
+            "relative_error": own["relative_error"],
+            "held_out": dict(own["held_out"]),
+        }
+    }
+
+
+def shipped(result: Mapping[str, Any]) -> list[str]:
+    """The GPUs that are predicted well enough for a profile."""
+    return [name for name, own in result["gpus"].items() if own["held_out"]["mape"] <= LARGEST_ERROR]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with the measurements")
+    parser.add_argument("--write", action="store_true", help="also write the device files")
+    options = parser.parse_args(arguments)
+    if not (options.data / TABLE).is_file():
+        print(f"{options.data}: expected a folder with {TABLE} and {GRAPHS}/", file=sys.stderr)
+        return 2
+    result = fit(options.data)
+    print(json.dumps(result, indent=1))
+    write_result("fit_phones", result)
+    if options.write:
+        for name in shipped(result):
+            write_device(name, COMMAND, device_sections(result, name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
