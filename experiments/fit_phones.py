@@ -27,10 +27,10 @@ from experiments.phone_gpus import (
     PRICES,
     TABLE,
     PhoneTable,
-    price_of,
     read_phone_table,
 )
-from hardware_profiles.cost_model import FAMILIES, QUANTITIES, SHAPE_QUANTITIES
+from experiments.prices import coefficients, families_in
+from hardware_profiles.cost_model import FAMILIES
 from predictors.pooled import PENALTY, TOLERANCE, fit_pooled, predict_networks_left_out
 from predictors.regression import predict_left_out, relative_interval, scores, with_constant
 
@@ -55,14 +55,9 @@ def fit(data: Path) -> dict[str, Any]:
         "networks": [
             {"name": name, "macs": round(macs)} for name, macs in zip(table.names, table.macs.tolist(), strict=True)
         ],
-        "covered": covered_families(table),
+        "covered": families_in(table.rows),
         "gpus": {gpu.name: _report(table, i, prices[i], left_out_ms[i]) for i, gpu in enumerate(table.gpus)},
     }
-
-
-def covered_families(table: PhoneTable) -> list[str]:
-    """Families of our cost model that at least one network has."""
-    return sorted({feature.partition(".")[0] for row in table.rows for feature in row} & set(FAMILIES))
 
 
 def _report(table: PhoneTable, gpu: int, prices: np.ndarray, left_out_ms: np.ndarray) -> dict[str, Any]:
@@ -73,7 +68,7 @@ def _report(table: PhoneTable, gpu: int, prices: np.ndarray, left_out_ms: np.nda
     found = {"held_out": scores(predicted, measured), "macs_only": scores(line, measured), "coverage": coverage}
     return {
         "title": table.gpus[gpu].title,
-        "prices_ms": {name: rounded(price) for name, price in zip(PRICES, prices.tolist(), strict=True)},
+        "prices_ms": {price.name: rounded(value) for price, value in zip(PRICES, prices.tolist(), strict=True)},
         "relative_error": rounded(relative_error),
         "held_out": held_out_section(found, len(ran), len(ran)),
         "left_out": {
@@ -86,22 +81,16 @@ def _report(table: PhoneTable, gpu: int, prices: np.ndarray, left_out_ms: np.nda
 def device_sections(result: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The written part of a device file: every price written out for the features that pay it."""
     own, covered = result["gpus"][name], result["covered"]
-    coefficients = {}
-    for quantity in QUANTITIES + SHAPE_QUANTITIES:
-        for family in covered:
-            price = price_of(family, quantity)
-            if price is not None:
-                coefficients[f"{family}.fp32.{quantity}"] = own["prices_ms"][price]
     macs = [network["macs"] for network in result["networks"] if network["name"] in own["left_out"]]
     return {
         "latency": {
             "origin": "fitted",
             "source": f"fitted to the fastest run of {len(macs)} networks in ncnn's published benchmark, "
-            f"{min(macs) / 1e6:.0f} to {max(macs) / 1e6:.0f} million MACs, together with {len(result['gpus']) - 1} other "
-            "GPUs, whose prices this one's are drawn towards; held-out errors are on networks left out on all of them; "
-            f"families that none of the networks has ({', '.join(sorted(set(FAMILIES) - set(covered)))}) are refused",
+            f"{min(macs) / 1e6:.0f} to {max(macs) / 1e6:.0f} million MACs, together with {len(result['gpus']) - 1} "
+            "other GPUs, whose prices this one's are drawn towards; held-out errors are on networks left out on all of "
+            f"them; families that none of the networks has ({', '.join(sorted(set(FAMILIES) - set(covered)))}) are refused",
             "constant_ms": 0.0,
-            "coefficients_ms": coefficients,
+            "coefficients_ms": coefficients(PRICES, own["prices_ms"].values(), covered),
             "relative_error": own["relative_error"],
             "held_out": dict(own["held_out"]),
         }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.ncnn_graphs import INPUT_OF, graph_features, read_graph
+from experiments.prices import Price, priced
 
 TABLE = "ncnn_phone_latency.csv.gz"
 GRAPHS = "ncnn_param"
@@ -50,60 +51,31 @@ LARGEST_SPREAD = 1.25  # average over minimum
 LEFT_OUT = {"vision_transformer": "the only network with attention, layer norms and GELU"}
 
 WEIGHTED = ("conv", "pointwise", "depthwise", "grouped", "linear", "DeconvolutionDepthWise")
-CLASSES: Mapping[str, tuple[str, ...]] = {
-    "weighted": WEIGHTED,
-    "activation": ("relu", "relu6", "hardswish", "hardsigmoid", "Swish", "Sigmoid"),
-    "pool": ("average_pool", "max_pool"),
-    "moving": ("reshape", "permute", "Concat", "Slice", "Crop", "ShuffleChannel", "PriorBox", "Padding"),
-}
-OTHER = "other"  # add, multiply, softmax and what our networks do not have
-UNWEIGHTED = ("activation", "pool", "moving", OTHER)
-
-# What is priced: the name of a price -> the classes or families that share it, and the quantity it is of.
-PRICES: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "weighted kernel": (("weighted",), "count"),
-    "activation kernel": (("activation",), "count"),
-    "pool kernel": (("pool",), "count"),
-    "moving kernel": (("moving",), "count"),
-    "other kernel": ((OTHER,), "count"),
-    "byte of a weighted kernel": (("weighted",), "bytes"),
-    "byte of another kernel": (UNWEIGHTED, "bytes"),
-    "byte of weights": (("weighted",), "weight_bytes"),
-    "mac": (("conv", "linear"), "macs"),
-    "mac without fast algorithm": (("conv",), "direct_macs"),
-    "pointwise mac": (("pointwise",), "macs"),
-    "depthwise mac": (("depthwise", "DeconvolutionDepthWise"), "macs"),
-    "grouped mac": (("grouped",), "macs"),
-    "length of a sum": (("weighted",), "reduction"),
-}
-
-
-def class_of(family: str) -> str:
-    """The class of a family: what its price of starting a kernel is shared with."""
-    return next((name for name, families in CLASSES.items() if family in families), OTHER)
-
-
-def price_of(family: str, quantity: str) -> str | None:
-    """The name of the price that a feature pays, or None for one that is not priced."""
-    for name, (sharing, priced) in PRICES.items():
-        if quantity == priced and (family in sharing or class_of(family) in sharing):
-            return name
-    return None
-
-
-def priced_row(row: Mapping[str, float]) -> np.ndarray:
-    """The amounts of each price (len(PRICES),) in the features of a network."""
-    totals = dict.fromkeys(PRICES, 0.0)
-    for feature, amount in row.items():
-        family, _, quantity = feature.split(".")
-        price = price_of(family, quantity)
-        if price is not None:
-            totals[price] += amount
-    return np.array(list(totals.values()))
+ACTIVATIONS = ("relu", "hardswish", "hardsigmoid", "Swish", "Sigmoid")
+POOLS = ("average_pool", "max_pool")
+MOVING = ("reshape", "permute", "Concat", "Slice", "Crop", "ShuffleChannel", "PriorBox", "Padding")
+DETECTION = ("DetectionOutput", "YoloDetectionOutput", "Yolov3DetectionOutput")
+OTHER = ("add", "multiply", "softmax", "LRN", "BatchNorm", "Interp", *DETECTION)
+PRICES = (
+    Price("weighted kernel", WEIGHTED, "count"),
+    Price("activation kernel", ACTIVATIONS, "count"),
+    Price("pool kernel", POOLS, "count"),
+    Price("moving kernel", MOVING, "count"),
+    Price("other kernel", OTHER, "count"),
+    Price("byte of a weighted kernel", WEIGHTED, "bytes"),
+    Price("byte of another kernel", (*ACTIVATIONS, *POOLS, *MOVING, *OTHER), "bytes"),
+    Price("byte of weights", WEIGHTED, "weight_bytes"),
+    Price("mac", ("conv", "linear"), "macs"),
+    Price("mac without fast algorithm", ("conv",), "direct_macs"),
+    Price("pointwise mac", ("pointwise",), "macs"),
+    Price("depthwise mac", ("depthwise", "DeconvolutionDepthWise"), "macs"),
+    Price("grouped mac", ("grouped",), "macs"),
+    Price("length of a sum", WEIGHTED, "reduction"),
+)
 
 
 def seven_features(row: Mapping[str, float]) -> np.ndarray:
-    """A plain additive model (7,): constant, operators, MACs dense, 1x1 and depthwise, bytes of activations, of weights."""
+    """A plain additive model (7,): constant, operators, MACs dense, 1x1, depthwise, bytes of activations, weights."""
     sums = dict.fromkeys(("count", "dense", "pointwise", "depthwise", "bytes", "weight_bytes"), 0.0)
     for feature, amount in row.items():
         family, _, quantity = feature.split(".")
@@ -116,10 +88,6 @@ def seven_features(row: Mapping[str, float]) -> np.ndarray:
 
 def total_macs(row: Mapping[str, float]) -> float:
     return sum(amount for feature, amount in row.items() if feature.endswith(".macs"))
-
-
-def total_kernels(row: Mapping[str, float]) -> int:
-    return round(sum(amount for feature, amount in row.items() if feature.endswith(".count")))
 
 
 @dataclass(frozen=True)
@@ -143,7 +111,7 @@ class PhoneTable:
     @property
     def priced(self) -> np.ndarray:
         """Amounts of each price, (n, len(PRICES))."""
-        return np.array([priced_row(row) for row in self.rows])
+        return priced(self.rows, PRICES)
 
     @property
     def seven(self) -> np.ndarray:
