@@ -81,6 +81,7 @@ def _report(table: PhoneTable, gpu: int, prices: np.ndarray, left_out_ms: np.nda
 def device_sections(result: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The written part of a device file: every price written out for the features that pay it."""
     own, covered = result["gpus"][name], result["covered"]
+    refused = ", ".join(sorted(set(FAMILIES) - set(covered)))
     macs = [network["macs"] for network in result["networks"] if network["name"] in own["left_out"]]
     return {
         "latency": {
@@ -88,7 +89,7 @@ def device_sections(result: Mapping[str, Any], name: str) -> dict[str, Any]:
             "source": f"fitted to the fastest run of {len(macs)} networks in ncnn's published benchmark, "
             f"{min(macs) / 1e6:.0f} to {max(macs) / 1e6:.0f} million MACs, together with {len(result['gpus']) - 1} "
             "other GPUs, whose prices this one's are drawn towards; held-out errors are on networks left out on all of "
-            f"them; families that none of the networks has ({', '.join(sorted(set(FAMILIES) - set(covered)))}) are refused",
+            f"them; families that none of the networks has ({refused}) are refused",
             "constant_ms": 0.0,
             "coefficients_ms": coefficients(PRICES, own["prices_ms"].values(), covered),
             "relative_error": own["relative_error"],

@@ -52,6 +52,16 @@ def judged_fit(matrix: np.ndarray, macs: np.ndarray, latency_ms: np.ndarray, fol
     }
 
 
+def fold_coverage(predicted_ms: np.ndarray, latency_ms: np.ndarray, fold: np.ndarray) -> float:
+    """Share of the n measurements inside intervals made of the left-out residuals of the other folds; all (n,)."""
+    inside = []
+    for number in np.unique(fold):
+        out = fold == number
+        relative_error, _ = relative_interval(predicted_ms[~out], latency_ms[~out])
+        inside.append(np.abs(latency_ms[out] / predicted_ms[out] - 1) <= relative_error)
+    return float(np.concatenate(inside).mean())
+
+
 def held_out_section(fit: Mapping[str, Any], networks: int, folds: int) -> dict[str, float]:
     """The errors as a device file holds them."""
     return {
