@@ -3,8 +3,8 @@
     python experiments/fit_mobile_cpu.py DATA_DIR [--write]
 
 DATA_DIR holds mobile_block_latency.csv.gz (nn-Meter, MIT). Blocks are left out by whole groups of one side and one
-number of input channels. Prints what it found as JSON and writes it to experiments/results/fit_mobile_cpu.json; --write
-also writes the fitted part of the device files.
+number of input channels, and, to see how far the prices carry, by sides. Prints what it found as JSON and writes it to
+experiments/results/fit_mobile_cpu.json; --write also writes the fitted part of the device files.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def fit(data: Path) -> dict[str, Any]:
     fold = (np.random.default_rng(SEED).permutation(groups) % FOLDS)[table.group]
     prices = fit_pooled(amounts, latency_ms)
     left_out_ms = predict_networks_left_out(amounts, latency_ms, fold)
+    sides_left_out_ms = predict_networks_left_out(amounts, latency_ms, table.side)
     return {
         **provenance(COMMAND),
         "seed": SEED,
@@ -49,7 +50,9 @@ def fit(data: Path) -> dict[str, Any]:
         "macs": {"smallest": int(table.macs.min()), "largest": int(table.macs.max())},
         "covered": families_in(table.rows),
         "devices": {
-            name: _report(table, prices[i], left_out_ms[i], latency_ms[i], fold) for i, name in enumerate(COLUMNS)
+            name: _report(table, prices[i], left_out_ms[i], latency_ms[i], fold)
+            | {"sides_left_out": scores(sides_left_out_ms[i], latency_ms[i])}
+            for i, name in enumerate(COLUMNS)
         },
     }
 

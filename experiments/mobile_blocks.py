@@ -50,13 +50,15 @@ PRICES = (
 class BlockTable:
     """n blocks: their keys, kinds, features, MACs (n,), and latencies (n,) in ms by column of the table.
 
-    `group` (n,) numbers the side and the input channels. Blocks of all kinds share it: a `transds` is a `conv` too.
+    `side` (n,) is that of the input map; `group` (n,) numbers the side and the input channels. Blocks of all kinds
+    share a group: a `transds` is a `conv` too.
     """
 
     keys: tuple[str, ...]
     kinds: tuple[str, ...]
     rows: tuple[dict[str, float], ...]
     macs: np.ndarray
+    side: np.ndarray
     group: np.ndarray
     latency_ms: dict[str, np.ndarray]
 
@@ -72,6 +74,7 @@ def read_block_table(data: Path, columns: tuple[str, ...]) -> BlockTable:
         kinds=tuple(row["kind"] for row in read),
         rows=tuple(features(network) for network in networks),
         macs=np.array([float(network.macs) for network in networks]),
+        side=np.array([int(key.split("_")[1]) for key in keys]),
         group=np.unique(groups, return_inverse=True)[1],
         latency_ms={column: np.array([float(row[column]) for row in read]) for column in columns},
     )
