@@ -50,7 +50,7 @@ def test_a_device_with_three_measurements_borrows_the_rest(made: Made, rng: np.r
 def test_one_wild_measurement_does_not_bend_the_prices(made: Made) -> None:
     amounts, _, latency_ms = made
     wild = latency_ms.copy()
-    wild[1, 7] *= 20
+    wild[1, 7] /= 3  # plain least squares of relative errors would be off by 31 % at worst
     fitted = fit_pooled(amounts, wild, penalty=1e-6)
     np.testing.assert_allclose(fitted @ amounts.T, latency_ms, rtol=0.05)
 
