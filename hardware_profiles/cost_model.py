@@ -14,6 +14,9 @@ Models of GPUs have two more, that a fit which does not ask for them never sees 
                   cost that much more each
     reduction     products in one output element: a thread sums them one after the other, however few the outputs
 
+A layer of a patch stage counts with what all patches together compute, unclipped (`hardware_profiles.patches`): its
+kernel is started, and its parameters are read, once a patch.
+
 A tensor that is made in one precision and read in another adds a `quantize` or a `dequantize`, once a
 tensor and not once a reader; the image arrives in float. Summing kernels is the table method of FBNet
 (arXiv 1812.03443), with the table replaced by a line through each family.
@@ -22,11 +25,12 @@ tensor and not once a reader; the image arrives in float. Summing kernels is the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Literal
 
+from hardware_profiles.patches import computed_positions, executed_layer_macs, moved_elements
 from search_spaces import INPUT, Layer, Network
 from search_spaces.layers import FREE_ACTIVATIONS
 
@@ -129,26 +133,39 @@ def conversions_of(layers: Sequence[Layer], given: Mapping[str, bool]) -> Iterat
 
 def features(network: Network) -> dict[str, float]:
     """Additive features of a network: `family.precision.quantity` -> total."""
-    return features_of(network.layers, {INPUT: False})
+    return features_of(network.layers, {INPUT: False}, computed_positions(network))
 
 
-def features_of(layers: Sequence[Layer], given: Mapping[str, bool]) -> dict[str, float]:
-    """The same for a part of a network, `given` the tensors it is fed with and whether they are integers."""
+def features_of(
+    layers: Sequence[Layer], given: Mapping[str, bool], positions: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """The same for a part of a network, `given` the tensors it is fed with and whether they are integers.
+
+    `positions` are those of `patches.computed_positions`, which a part with layers of a patch stage needs.
+    """
+    positions = positions or {}
     totals: dict[str, float] = {}
     for layer in layers:
         if layer.kind not in FREE_KINDS:
-            precision = layer.precision
-            elements = sum(map(prod, layer.in_shapes)) + prod(layer.out_shape)
-            moved_bytes = elements * precision.activation_bits / 8
-            accumulate(totals, f"{family_of(layer)}.{precision.name}", layer.macs, moved_bytes, layer.weight_bytes)
+            precision, runs = layer.precision, layer.patches**2
+            macs = executed_layer_macs(layer, positions)
+            moved_bytes = moved_elements(layer, positions) * precision.activation_bits / 8
+            weight_bytes = runs * layer.weight_bytes
+            accumulate(totals, f"{family_of(layer)}.{precision.name}", macs, moved_bytes, weight_bytes, count=runs)
     for copy in conversions_of(layers, given):
+        reader = layers[copy.reader]
+        if reader.patches > 1:
+            channels = reader.in_shapes[reader.inputs.index(copy.source)][0]
+            copy = replace(copy, elements=channels * positions[copy.source])
         accumulate(totals, f"{copy.family}.int8", 0, copy.elements * 5, 0)  # four bytes on one side, one on the other
     return totals
 
 
-def accumulate(totals: dict[str, float], prefix: str, macs: float, moved_bytes: float, weight_bytes: float) -> None:
-    """Add one kernel to the features in place; `prefix` is `family.precision`."""
-    amounts = (("count", 1.0), ("macs", macs), ("bytes", moved_bytes), ("weight_bytes", weight_bytes))
+def accumulate(
+    totals: dict[str, float], prefix: str, macs: float, moved_bytes: float, weight_bytes: float, count: float = 1.0
+) -> None:
+    """Add one kernel, or `count` of them, to the features in place; `prefix` is `family.precision`."""
+    amounts = (("count", count), ("macs", macs), ("bytes", moved_bytes), ("weight_bytes", weight_bytes))
     for quantity, amount in amounts:
         if amount:
             key = f"{prefix}.{quantity}"
@@ -219,10 +236,12 @@ class AdditiveModel:
 
     def latency_ms(self, network: Network) -> float:
         """Milliseconds of one forward pass; raises UnsupportedLayer naming what the model was not fitted on."""
-        return self.constant_ms + self.layers_ms(network.layers, {INPUT: False})
+        return self.constant_ms + self.layers_ms(network.layers, {INPUT: False}, computed_positions(network))
 
-    def layers_ms(self, layers: Sequence[Layer], given: Mapping[str, bool]) -> float:
-        """The same for a part of a network, without the constant; `given` as in `features_of`."""
+    def layers_ms(
+        self, layers: Sequence[Layer], given: Mapping[str, bool], positions: Mapping[str, int] | None = None
+    ) -> float:
+        """The same for a part of a network, without the constant; `given` and `positions` as in `features_of`."""
         total = 0.0
         amounts = features_of(layers, given) | (shape_features(layers) if self.prices_shapes else {})
         for name, amount in amounts.items():

@@ -27,7 +27,8 @@ from hardware_profiles.cost_model import (
     Prediction,
     predicted,
 )
-from hardware_profiles.memory import PLANNERS, flash_bytes, peak_sram_bytes
+from hardware_profiles.memory import PLANNERS, STORAGES, flash_bytes, peak_sram_bytes
+from hardware_profiles.patches import executed_macs
 from hardware_profiles.vela import ACCELERATORS, estimate
 from search_spaces import KINDS, PRECISIONS, Network
 
@@ -104,8 +105,11 @@ class DeviceProfile:
 
     precisions: kind of layer -> names of the precisions it may have; a kind that is absent cannot run.
     planner: which of `memory.PLANNERS` the runtime's memory is modelled by; None where SRAM is no concern.
+    explicit_padding: whether the runtime pads by operators of its own (`memory.peak_sram_bytes`).
     sram_overhead, sram_overhead_bytes: what a runtime needs on top of the planned peak, as a share of it and as a
         number of bytes.
+    storage: which of `memory.STORAGES` networks are stored in.
+    patches: whether the runtime can run the first layers patch by patch; where not, a network that does is illegal.
     energy_model: None where no energy was measured.
     sources: dotted key of the file -> where its number comes from.
     """
@@ -124,6 +128,9 @@ class DeviceProfile:
     sram_overhead_bytes: int = 0
     flash_overhead_bytes: int = 0
     energy_model: EnergyModel | None = None
+    explicit_padding: bool = False
+    storage: str = "c_arrays"
+    patches: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -139,18 +146,27 @@ class DeviceProfile:
     def illegal_layers(self, network: Network) -> tuple[str, ...]:
         """Names of the layers that the device cannot run as they are; nothing is converted silently."""
         return tuple(
-            layer.name for layer in network.layers if layer.precision.name not in self.precisions.get(layer.kind, ())
+            layer.name
+            for layer in network.layers
+            if layer.precision.name not in self.precisions.get(layer.kind, ())
+            or (layer.patches > 1 and not self.patches)
         )
+
+    def macs(self, network: Network) -> int:
+        """Multiply-accumulates that the device does in one forward pass: halos of patches that it computes again
+        count each time."""
+        return executed_macs(network)
 
     def sram_bytes(self, network: Network) -> int:
         """Peak SRAM of one forward pass, the runtime's own included; raises UnavailableCost without a planner."""
         if self.planner is None:
             raise UnavailableCost(f"{self.name} has no memory planner; only profiles with one give sram_bytes")
-        return ceil(peak_sram_bytes(network, self.planner) * (1 + self.sram_overhead)) + self.sram_overhead_bytes
+        peak = peak_sram_bytes(network, self.planner, explicit_padding=self.explicit_padding)
+        return ceil(peak * (1 + self.sram_overhead)) + self.sram_overhead_bytes
 
     def flash_bytes(self, network: Network) -> int:
-        """Stored parameters and the runtime's code."""
-        return flash_bytes(network, self.flash_overhead_bytes)
+        """The stored network and the runtime's code."""
+        return flash_bytes(network, self.flash_overhead_bytes, self.storage)
 
     def latency(self, network: Network) -> Prediction:
         """The predicted latency of one forward pass of one sample.
@@ -250,8 +266,8 @@ class _Section:
             raise InvalidProfile(f"{self.file}: missing key {self.path(name)!r}{hint}")
         return value
 
-    def text(self, name: str, *, choices: Iterable[str] = ()) -> str:
-        value = self.take(name)
+    def text(self, name: str, *, choices: Iterable[str] = (), default: object = _REQUIRED) -> str:
+        value = self.take(name, default)
         if not isinstance(value, str) or not value.strip():
             raise self.wrong(name, "a text", value)
         if choices and value not in choices:
@@ -269,6 +285,12 @@ class _Section:
         value = self.take(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
             raise self.wrong(name, f"an integer of {lowest} or more", value)
+        return value
+
+    def flag(self, name: str, *, default: object = _REQUIRED) -> bool:
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false", value)
         return value
 
     def section(self, name: str, *, optional: bool = False) -> _Section | None:
@@ -292,6 +314,7 @@ def _profile(top: _Section) -> DeviceProfile:
     limits = _limits(top.section("limits", optional=True), sources)
     precisions = _precisions(top, sources)
     memory = _memory(top.section("memory", optional=True), sources)
+    patches = _patches(top, sources)
     latency_section = top.section("latency")
     assert latency_section is not None
     latency = _latency(latency_section)
@@ -308,6 +331,7 @@ def _profile(top: _Section) -> DeviceProfile:
         **limits,
         **memory,
         energy_model=energy,
+        patches=patches,
         sources=sources,
     )
 
@@ -348,10 +372,23 @@ def _precisions(top: _Section, sources: dict[str, str]) -> dict[str, tuple[str, 
     return found
 
 
+def _patches(top: _Section, sources: dict[str, str]) -> bool:
+    if "patches" not in top.left:
+        return False
+    section = _sourced(top, "patches", sources)
+    patches = section.flag("value")
+    section.done()
+    return patches
+
+
 def _memory(section: _Section | None, sources: dict[str, str]) -> dict[str, Any]:
     if section is None:
         return {}
-    found: dict[str, Any] = {"planner": section.text("planner", choices=PLANNERS)}
+    found: dict[str, Any] = {
+        "planner": section.text("planner", choices=PLANNERS),
+        "explicit_padding": section.flag("explicit_padding", default=False),
+        "storage": section.text("storage", choices=STORAGES, default="c_arrays"),
+    }
     overheads = [name for name in ("sram_overhead", "sram_overhead_bytes") if name in section.left]
     for name in (*(overheads or ["sram_overhead"]), "flash_overhead_bytes"):
         inner = _sourced(section, name, sources)

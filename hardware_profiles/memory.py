@@ -8,20 +8,41 @@ a reshape is a view and takes none either.
 The network's input is counted in the precision of its readers and the output in its own: a device with
 integer layers only is fed integers. A tensor read in another precision than it was made in lives twice,
 as the copies of `cost_model.conversions`.
+
+Where a network starts with a patch stage, its tensors are those of one patch (`patches.patch_sides`), and the image
+is read patch by patch from where it is kept, outside of the SRAM (MCUNetV2, arXiv 2110.15352). The map that the stage
+makes is held whole meanwhile:
+
+    peak = max(peak within one patch + the map that the stage makes, peak of the layers after it)
 """
 
 from __future__ import annotations
 
+from bisect import insort
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from hardware_profiles.cost_model import conversions
+from hardware_profiles.patches import patch_sides
 from search_spaces import INPUT, Layer, Network
+from search_spaces.layers import Shape, pad_for
 
 LIVENESS = "liveness"
 INPLACE_DEPTHWISE = "inplace_depthwise"
-PLANNERS = (LIVENESS, INPLACE_DEPTHWISE)
+INPLACE_RESIDUAL = "inplace_residual"
+TFLM_GREEDY = "tflm_greedy"
+PLANNERS = (LIVENESS, INPLACE_DEPTHWISE, INPLACE_RESIDUAL, TFLM_GREEDY)
 ELEMENTWISE = ("add", "multiply", "activation")
+TFLM_ALIGNMENT_BYTES = 16  # of every buffer in the arena of TensorFlow Lite Micro
+
+
+SCALE_BYTES = 4  # a float32
+TFLITE_LAYER_BYTES = 737
+
+
+class UnknownStorage(LookupError):
+    """A form of storage that is not one of `STORAGES`."""
 
 
 class UnknownPlanner(LookupError):
@@ -29,16 +50,25 @@ class UnknownPlanner(LookupError):
 
 
 @dataclass(frozen=True, slots=True)
+class Buffer:
+    """A tensor in memory: its size, and the first and last step at which it must be there."""
+
+    bytes: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Step:
     """Something that runs: the buffers it reads, and the one it writes ("" for a view or a constant)."""
 
-    layer: Layer | None  # None: a conversion
+    layer: Layer | None  # None: a conversion or a padding
     reads: tuple[str, ...]
     writes: str
     bytes: int
 
 
-def peak_sram_bytes(network: Network, planner: str = LIVENESS) -> int:
+def peak_sram_bytes(network: Network, planner: str = LIVENESS, *, explicit_padding: bool = False) -> int:
     """The most bytes of activations that live at one time, for one sample.
 
     Planners:
@@ -46,19 +76,42 @@ def peak_sram_bytes(network: Network, planner: str = LIVENESS) -> int:
         inplace_depthwise: a depthwise convolution whose input is not needed afterwards overwrites it channel
             by channel and needs one output channel more (MCUNet, arXiv 2007.10319, section 3.2); an
             element-wise layer overwrites an input of the size of its output that is not needed afterwards.
+        inplace_residual: besides, a convolution whose result is only added to a tensor that is not needed
+            afterwards adds to that one as it goes. So MCUNetV2 counts (arXiv 2110.15352); TinyEngine's own
+            scheduler gives the convolution a buffer, as `inplace_depthwise` does.
+        tflm_greedy: what the buffers of `liveness`, and one for the result of each reshape, take in the arena of
+            TensorFlow Lite Micro (`greedy_arena_bytes`).
+
+    With `explicit_padding`, the runtime pads by an operator of its own, whose result is a buffer, wherever the
+    padding is neither none nor TensorFlow's `same`: so do models that were converted from PyTorch to TFLite.
 
     Raises UnknownPlanner for any other name.
     """
     if planner not in PLANNERS:
         raise UnknownPlanner(f"unknown memory planner {planner!r}; known: {', '.join(PLANNERS)}")
-    steps = _steps(network)
-    last_read = {buffer: index for index, step in enumerate(steps) for buffer in step.reads}
-    live = {INPUT: _input_bytes(network)}
-    peak = total = live[INPUT]
+    steps = _steps(network, views=planner != TFLM_GREEDY, explicit_padding=explicit_padding)
+    stage = network.patch_stage
+    rest = [step for made in steps[len(stage) :] for step in made]
+    if not stage:
+        return _peak(planner, INPUT, _input_bytes(network), rest)
+    within = _peak(planner, INPUT, _input_bytes(network), [step for made in steps[: len(stage)] for step in made])
+    whole_map = stage[-1].activation_bytes
+    return max(within + whole_map, _peak(planner, stage[-1].name, whole_map, rest))
+
+
+def _peak(planner: str, start: str, start_bytes: int, steps: Sequence[_Step]) -> int:
+    """The peak of `steps` where the buffer `start` is there before them."""
+    if planner == TFLM_GREEDY:
+        return greedy_arena_bytes(_buffers(start, start_bytes, steps))
+    if planner == INPLACE_RESIDUAL:
+        steps = _with_residuals_in_place(steps)
+    last_read = _last_reads(steps)
+    live = {start: start_bytes}
+    peak = total = start_bytes
     for index, step in enumerate(steps):
         dying = [buffer for buffer in set(step.reads) if last_read[buffer] == index]
         need = step.bytes
-        if planner == INPLACE_DEPTHWISE and step.layer is not None:
+        if planner != LIVENESS and step.layer is not None:
             need = _extra_bytes(step.layer, step.bytes, [live[buffer] for buffer in dying])
         peak = max(peak, total + need)
         if step.writes:
@@ -70,9 +123,93 @@ def peak_sram_bytes(network: Network, planner: str = LIVENESS) -> int:
     return peak
 
 
-def flash_bytes(network: Network, overhead_bytes: int = 0) -> int:
-    """Bytes of the stored parameters, plus what a runtime adds for its code."""
-    return network.model_bytes + overhead_bytes
+def _with_residuals_in_place(steps: Sequence[_Step]) -> list[_Step]:
+    """The steps, where a convolution and the addition right after it are one if nothing else reads the former."""
+    last_read = _last_reads(steps)
+    merged: list[_Step] = []
+    for index, step in enumerate(steps):
+        before = merged[-1] if merged else step
+        adds = step.layer is not None and step.layer.kind == "add" and before.writes in step.reads
+        if adds and before.layer is not None and before.layer.kind == "conv2d" and last_read[before.writes] == index:
+            other = tuple(buffer for buffer in step.reads if buffer != before.writes)
+            merged[-1] = _Step(step.layer, (*before.reads, *other), step.writes, step.bytes)
+        else:
+            merged.append(step)
+    return merged
+
+
+def greedy_arena_bytes(buffers: Sequence[Buffer]) -> int:
+    """The size of the arena into which TensorFlow Lite Micro's greedy planner puts `buffers`.
+
+    Largest first (of equal ones the later of `buffers` first), each goes to the lowest offset at which it overlaps
+    no buffer placed before that lives at a step at which it does too. All offsets and sizes are multiples of 16.
+    """
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first step, last step; by offset
+    for index in sorted(range(len(buffers)), key=lambda i: (-_aligned(buffers[i].bytes), -i)):
+        wanted = buffers[index]
+        size, offset = _aligned(wanted.bytes), 0
+        for start, end, first, last in placed:
+            if first <= wanted.last and wanted.first <= last:
+                if start - offset >= size:
+                    break
+                offset = max(offset, end)
+        insort(placed, (offset, offset + size, wanted.first, wanted.last))
+    return max((end for _, end, _, _ in placed), default=0)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // TFLM_ALIGNMENT_BYTES) * TFLM_ALIGNMENT_BYTES
+
+
+def _buffers(start: str, start_bytes: int, steps: Sequence[_Step]) -> list[Buffer]:
+    """The buffers of `steps` in the order in which they are made; `start` is there from step 0, before the first."""
+    last_read = _last_reads(steps)
+    made = [Buffer(start_bytes, 0, last_read.get(start, -1) + 1)]
+    for index, step in enumerate(steps):
+        if step.writes:
+            made.append(Buffer(step.bytes, index + 1, last_read.get(step.writes, index) + 1))
+    return made
+
+
+def _last_reads(steps: Sequence[_Step]) -> dict[str, int]:
+    return {buffer: index for index, step in enumerate(steps) for buffer in step.reads}
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """What a runtime stores beside the weights and the int32 biases.
+
+    channel_bytes: quantization parameters, of each output channel of a quantized layer with weights.
+    layer_bytes: the description of a layer: operator, tensors and their names.
+    """
+
+    channel_bytes: int
+    layer_bytes: int
+
+
+# c_arrays: a float32 scale a channel; layers are function calls, which the runtime's overhead counts (TinyEngine).
+# tflite: weights and bias have a float32 scale and an int64 zero point each, by the format's schema; layer_bytes is
+# the slope that experiments/benchmarks/mcu_memory.py finds in six networks of TensorFlow Lite Micro on an STM32H743.
+STORAGES: Mapping[str, Storage] = {"c_arrays": Storage(4, 0), "tflite": Storage(24, TFLITE_LAYER_BYTES)}
+
+
+def flash_bytes(network: Network, overhead_bytes: int = 0, storage: str = "c_arrays") -> int:
+    """Bytes of the stored network, plus what a runtime adds for its code.
+
+    Raises UnknownStorage for a storage that is not one of `STORAGES`.
+    """
+    if storage not in STORAGES:
+        raise UnknownStorage(f"unknown storage {storage!r}; known: {', '.join(STORAGES)}")
+    stored = STORAGES[storage]
+    channels = sum(layer.out_shape[0 if layer.kind == "conv2d" else -1] for layer in quantized_weights(network))
+    surplus = stored.channel_bytes - SCALE_BYTES  # `model_bytes` has a scale of every channel already
+    layers = sum(layer.kind != "parameter" for layer in network.layers)
+    return network.model_bytes + channels * surplus + layers * stored.layer_bytes + overhead_bytes
+
+
+def quantized_weights(network: Network) -> list[Layer]:
+    """The layers whose weights are integers, with a scale for each output channel."""
+    return [layer for layer in network.layers if layer.has_weights and layer.precision.is_quantized]
 
 
 def _extra_bytes(layer: Layer, out_bytes: int, dying_bytes: list[int]) -> int:
@@ -88,35 +225,67 @@ def _extra_bytes(layer: Layer, out_bytes: int, dying_bytes: list[int]) -> int:
 def _input_bytes(network: Network) -> int:
     readers = [layer for layer in network.layers if INPUT in layer.inputs]
     bits = 32 if any(not layer.precision.is_quantized for layer in readers) else readers[0].precision.activation_bits
-    return -(-prod(network.input_shape) * bits // 8)
+    return _bytes(network.input_shape, bits, patch_sides(network).get(INPUT))
 
 
-def _steps(network: Network) -> list[_Step]:
-    """What runs, in order, with the conversions in between."""
+def _bytes(shape: Shape, bits: int, sides: tuple[int, int] | None) -> int:
+    """Bytes of a tensor, or of one patch of it where `sides` says how large those are."""
+    elements = shape[0] * prod(sides) if sides else prod(shape)
+    return -(-elements * bits // 8)
+
+
+def _steps(network: Network, *, views: bool, explicit_padding: bool) -> list[list[_Step]]:
+    """What runs for each layer, in order: the conversions and the padding that it needs, and itself."""
+    sides = patch_sides(network)
     copies: dict[int, list[str]] = {}
     sizes: dict[str, int] = {}
     float_input = any(INPUT in layer.inputs and not layer.precision.is_quantized for layer in network.layers)
     for copy in conversions(network):
         if copy.source != INPUT or float_input:
             copies.setdefault(copy.reader, []).append(copy.source)
-            sizes[copy.source] = copy.elements * (1 if copy.family == "quantize" else 4)
+            patch = sides.get(copy.source) if copy.reader < len(network.patch_stage) else None
+            shape = network.by_name[copy.source].out_shape if copy.source != INPUT else network.input_shape
+            sizes[copy.source] = _bytes(shape, 8 if copy.family == "quantize" else 32, patch)
     quantized = {layer.name: layer.precision.is_quantized for layer in network.layers} | {INPUT: not float_input}
     buffer_of = {INPUT: INPUT}
     copied: dict[str, str] = {}
-    steps: list[_Step] = []
+    steps: list[list[_Step]] = []
     for index, layer in enumerate(network.layers):
+        made: list[_Step] = []
         for source in copies.get(index, ()):
             copied[source] = f"{source} converted"
-            steps.append(_Step(None, _held((buffer_of[source],)), copied[source], sizes[source]))
+            made.append(_Step(None, _held((buffer_of[source],)), copied[source], sizes[source]))
         wanted = layer.precision.is_quantized
         reads = _held(tuple(buffer_of[s] if quantized[s] == wanted else copied[s] for s in layer.inputs))
-        if layer.kind in ("reshape", "parameter"):
+        if explicit_padding and layer.patches == 1 and needs_padding(layer):
+            padded = f"{layer.name} padded"
+            made.append(_Step(None, reads, padded, _bytes(_padded_shape(layer), layer.precision.activation_bits, None)))
+            reads = (padded,)
+        if layer.kind == "parameter" or (layer.kind == "reshape" and views):
             buffer_of[layer.name] = reads[0] if reads else ""
-            steps.append(_Step(layer, reads, "", 0))
+            made.append(_Step(layer, reads, "", 0))
         else:
             buffer_of[layer.name] = layer.name
-            steps.append(_Step(layer, reads, layer.name, layer.activation_bytes))
+            bits = layer.precision.activation_bits
+            made.append(_Step(layer, reads, layer.name, _bytes(layer.out_shape, bits, sides.get(layer.name))))
+        steps.append(made)
     return steps
+
+
+def needs_padding(layer: Layer) -> bool:
+    """Whether a runtime that knows no padding but TensorFlow's `same` must pad the layer's input before it."""
+    if not any(layer.padding):
+        return False
+    _, height, width = layer.in_shapes[0]
+    top, bottom = pad_for(layer.kernel, layer.stride, height, "same")
+    left, right = pad_for(layer.kernel, layer.stride, width, "same")
+    return layer.padding != (top, left, bottom, right)
+
+
+def _padded_shape(layer: Layer) -> Shape:
+    channels, height, width = layer.in_shapes[0]
+    top, left, bottom, right = layer.padding
+    return (channels, height + top + bottom, width + left + right)
 
 
 def _held(buffers: tuple[str, ...]) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ FIGURES: Mapping[str, tuple[str, bool, bool]] = {
     "flash_bytes": ("bytes", False, True),
 }
 WITH_INTERVAL = ("latency_ms", "energy_uj")  # what is predicted with an error, so that a confidence can be asked for
+ALSO_OF_DEVICES = ("macs",)  # with a device: those that it does, halos that patches compute again included
 ALWAYS = ("macs", "params", "model_bytes", "int8_macs_share")  # exact and free, so every evaluation has them
 
 # unit of a figure -> what else it may be written in
@@ -123,7 +124,7 @@ class ProfiledDevice:
         return self.predictor is None and model is not None and model.relative_error is not None
 
     def figure(self, network: Network, name: str) -> Figure:
-        """`latency_ms`, `energy_uj`, `sram_bytes` or `flash_bytes` of a network; infinite where it cannot run.
+        """`latency_ms`, `energy_uj`, `sram_bytes`, `flash_bytes` or `macs` of a network; infinite where it cannot run.
 
         A latency or energy is infinite too where no measurement covers a layer of the network; `refusal` says why.
         """
@@ -133,6 +134,8 @@ class ProfiledDevice:
             return Figure.exact(self.profile.sram_bytes(network))
         if name == "flash_bytes":
             return Figure.exact(self.profile.flash_bytes(network))
+        if name == "macs":
+            return Figure.exact(self.profile.macs(network))
         try:
             predicted = self.latency(network)
         except UnsupportedLayer:
@@ -150,6 +153,8 @@ class ProfiledDevice:
         illegal = self.profile.illegal_layers(network)
         if illegal:
             layer = network.by_name[illegal[0]]
+            if layer.patches > 1 and not self.profile.patches:
+                return f"{self.name} runs no layers patch by patch (layer {layer.name} in {layer.patches} a side)"
             kind = f"{layer.kind} {layer.activation}".strip()
             more = f", and {len(illegal) - 1} more" if len(illegal) > 1 else ""
             return f"{self.name} runs no {layer.precision.name} {kind} (layer {layer.name}{more})"
@@ -175,7 +180,7 @@ def _key(name: str, device: str | None) -> str:
         raise UnknownFigure(f"unknown figure {name!r}; {hint}")
     if FIGURES[name][2] and device is None:
         raise UnknownFigure(f"{name} belongs to a device; write {name}@DEVICE")
-    if not FIGURES[name][2] and device is not None:
+    if not FIGURES[name][2] and device is not None and name not in ALSO_OF_DEVICES:
         raise UnknownFigure(f"{name} does not depend on a device; write it without @{device}")
     return f"{name}@{device}" if device else name
 

@@ -22,6 +22,7 @@ from hardware_profiles import UnavailableCost, UnsupportedLayer, load_device
 from hardware_profiles.files import sha256_of, write_bytes, write_json, write_text
 from hardware_profiles.host_cpu import DEVICE, NoisyMachine
 from hardware_profiles.onnx_writer import INTEGER_OPERATORS, integer_kernels, write_onnx
+from hardware_profiles.patches import executed_macs
 from nas.costs import Figure, ProfiledDevice
 from nas.data import RESIZING, Data
 from nas.evaluate import accuracy, resolution_of
@@ -104,6 +105,7 @@ def export(
             "test_images": len(data["test"]),
         },
         "parity": parity,
+        **_schedule(deployed, data),
         "macs": network.macs,
         "params": network.params,
         "model_bytes": network.model_bytes,
@@ -185,6 +187,36 @@ def _parity(content: bytes, deployed: Quantized, data: Data) -> dict[str, float 
     }
 
 
+def _schedule(deployed: Quantized, data: Data) -> dict[str, object]:
+    """`patches`: how a device is to run the first layers, which the ONNX model leaves open; nothing without patches.
+
+    Raises ExportFailed when running them so gives other classes than running them whole, on a batch of test images.
+    """
+    subnet = deployed.simulated.cpu()
+    stage = subnet.network.patch_stage
+    if not stage:
+        return {}
+    with torch.inference_mode():
+        x, _ = next(iter(data.batches("test", resolution_of(subnet))))
+        whole, patched = subnet(x), subnet.in_patches(x)
+    agreement = float((whole.argmax(1) == patched.argmax(1)).float().mean())
+    if agreement < LEAST_AGREEMENT:
+        raise ExportFailed(
+            f"running {stage[-1].patches} patches a side up to {stage[-1].name!r} agrees with running whole on "
+            f"{agreement:.2%} of {len(x)} test images; expected {LEAST_AGREEMENT:.0%} or more; nothing was written"
+        )
+    found = {
+        "per_side": stage[-1].patches,
+        "last_layer": stage[-1].name,
+        "macs": executed_macs(subnet.network),
+        "macs_clipped": executed_macs(subnet.network, clipped=True),
+        "images": len(x),
+        "top1_agreement_with_whole": agreement,
+        "max_abs_difference_from_whole": float((whole - patched).abs().max()),
+    }
+    return {"patches": found}
+
+
 def _device_costs(
     device: ProfiledDevice, network: Network, content: bytes, believed: Figure | None, patience_s: float
 ) -> dict[str, object]:
@@ -196,6 +228,7 @@ def _device_costs(
     if device.profile.planner:
         found |= {name: int(device.figure(network, name).value) for name in ("sram_bytes", "flash_bytes")}
         found["planner"] = device.profile.planner
+        found["macs"] = device.profile.macs(network)
         limits = device.memory_limits
         found["fits"] = all(limit.violation(device.figure(network, limit.name)) <= 0 for limit in limits)
     return found | {"latency_ms": _latencies(device, network, content, believed, patience_s)}

@@ -6,6 +6,7 @@ Tensors carry the batch first: images are (batch, channels, height, width), toke
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hardware_profiles.patches import Interval, needed, patch_bounds, read_by
 from search_spaces import INPUT, Layer, Network
 
 NORM_EPSILON = 1e-5  # of every folded batch norm
@@ -119,6 +121,80 @@ def execute(
         values |= zip(segment.writes, made, strict=True)
         start = end
     return values[output]
+
+
+def execute_in_patches(
+    network: Network,
+    x: Tensor,
+    parameters_of: Callable[[Layer], Parameters],
+    tap: Tap | None = None,
+) -> Tensor:
+    """What `execute` gives with norms from their statistics, the patch stage run patch by patch as on a device.
+
+    A patch computes what lies inside of the maps and pads where a map ends, so that it sees what the layer sees that
+    runs whole (`Network.patch_stage`; arXiv 2110.15352). A tap is called for each patch with the part of a tensor that
+    the patch holds.
+    """
+    stage, normalization = network.patch_stage, Normalization(from_batch=False)
+    if not stage:
+        return execute(network, x, parameters_of, normalization, tap)
+    channels, *sides = stage[-1].out_shape
+    rows, columns = (
+        [needed(network, axis, part, clipped=True) for part in patch_bounds(side, stage[-1].patches)]
+        for axis, side in enumerate(sides, start=1)
+    )
+    whole = x.new_empty(len(x), channels, *sides)
+    for vertical in rows:
+        for horizontal in columns:
+            held = {name: (vertical[name], horizontal[name]) for name in vertical}
+            (top, bottom), (left, right) = held[stage[-1].name]
+            made = _patch(stage, x, held, parameters_of, normalization, tap)
+            whole[:, :, top:bottom, left:right] = made
+    after = network.layers[len(stage) :]
+    if not after:
+        return whole
+    (output,) = _Segment(after, {network.output.name}, parameters_of, normalization, tap)(whole)
+    return output
+
+
+Held = Mapping[str, tuple[Interval, Interval]]  # tensor -> the rows and columns of it that a patch has
+
+
+def _patch(
+    stage: Sequence[Layer],
+    x: Tensor,
+    held: Held,
+    parameters_of: Callable[[Layer], Parameters],
+    normalization: Normalization,
+    tap: Tap | None,
+) -> Tensor:
+    """What one patch makes of the map of the stage's last layer."""
+    (top, bottom), (left, right) = held[INPUT]
+    values = {INPUT: x[:, :, top:bottom, left:right]}
+    for layer in stage:
+        read = [values[source] for source in layer.inputs]
+        if tap is not None:
+            read = [tap.read(layer, source, t) for source, t in zip(layer.inputs, read, strict=True)]
+        cut = [_window(layer, t, held[layer.name], held[source]) for source, t in zip(layer.inputs, read, strict=True)]
+        unpadded = replace(layer, padding=(0, 0, 0, 0))
+        output = OPERATIONS[layer.kind](unpadded, cut, parameters_of(layer), normalization)
+        values[layer.name] = output if tap is None else tap.write(layer, output)
+    return values[stage[-1].name]
+
+
+def _window(layer: Layer, tensor: Tensor, made: tuple[Interval, Interval], held: tuple[Interval, Interval]) -> Tensor:
+    """What a layer reads of a patch of its input to make the rows and columns `made`, padded where the map ends.
+
+    tensor (batch, channels, height, width): the rows and columns `held` of the input.
+    """
+    pads: list[int] = []
+    for axis in (2, 1):  # as torch pads: from the last axis to the first
+        (first, end), (low, high) = read_by(layer, axis, made[axis - 1]), held[axis - 1]
+        start, stop = max(first, low), min(end, high)
+        tensor = tensor.narrow(axis + 1, start - low, stop - start)
+        pads += [start - first, end - stop]
+    beyond = float("-inf") if layer.kind == "pool" else 0.0
+    return F.pad(tensor, pads, value=beyond) if any(pads) else tensor
 
 
 def segment_starts(network: Network, segments: int) -> list[int]:

@@ -98,7 +98,7 @@ class _Plan:
 
     def __init__(self, space: SearchSpace, device: DeviceProfile, samples: int, seed: int) -> None:
         self.space, self.samples, self.seed = space, samples, seed
-        self.extremes = _extremes(space, device)
+        self.extremes = [space.unpatched(one) for one in _extremes(space, device)]  # what is measured runs whole
         # one spread after the other, so that who asks for more samples keeps those there are
         spreads = [_shuffled_spread(space, FEWEST_SAMPLES, [seed, 8, i]) for i in range(-(-samples // FEWEST_SAMPLES))]
         self.drawn = list(dict.fromkeys(one for spread in spreads for one in spread))[:samples]
@@ -117,7 +117,8 @@ class _Plan:
 
     @cached_property
     def candidates(self) -> list[tuple[Architecture, dict[str, float]]]:
-        drawn = sample_spread(self.space, CANDIDATES, np.random.default_rng([self.seed, 8]))
+        spread = sample_spread(self.space, CANDIDATES, np.random.default_rng([self.seed, 8]))
+        drawn = dict.fromkeys(map(self.space.unpatched, spread))
         return [(one, features(self.space.lower(one))) for one in drawn]
 
     def extend(self, predictor: LatencyPredictor, latency_ms: Sequence[float]) -> bool:
@@ -195,7 +196,7 @@ def _write_record(path: Path | None, space: SearchSpace, found: Mapping[str, Mea
 
 def _shuffled_spread(space: SearchSpace, count: int, seed: Sequence[int]) -> list[Architecture]:
     rng = np.random.default_rng(seed)
-    spread = sample_spread(space, count, rng)
+    spread = list(dict.fromkeys(map(space.unpatched, sample_spread(space, count, rng))))
     return [spread[int(i)] for i in rng.permutation(len(spread))]
 
 
@@ -290,7 +291,9 @@ def check_predictor(
         raise ValueError(f"{device.name} has no predictor to check; fit one with nas.profile(space, device)")
     seen = set(device.predictor.provenance.get("architectures", ()))
     spread = sample_spread(space, samples + len(seen), np.random.default_rng([seed, 9]))
-    fresh = [architecture for architecture in spread if architecture.id not in seen]
+    fresh = [
+        architecture for architecture in dict.fromkeys(map(space.unpatched, spread)) if architecture.id not in seen
+    ]
     architectures = [fresh[int(i)] for i in np.unique(np.linspace(0, len(fresh) - 1, samples).round())] if fresh else []
     if len(architectures) < 3:
         raise ValueError(

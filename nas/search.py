@@ -286,19 +286,30 @@ class Costs:
         self.precisions = tuple(dict.fromkeys(str(o) for name in genes for o in self.options[name])) or ("",)
 
     def _legal_options(self) -> dict[str, tuple[Value, ...]]:
-        """The options of each choice; of a precision, those that every device has for all layers with weights."""
+        """The options of each choice: precisions that every device has for all layers with weights, and more than one
+        patch only where every device can run patches."""
         legal = {
             name
             for name in PRECISIONS
             if all(name in d.profile.precisions.get(kind, ()) for d in self.devices.values() for kind in WEIGHTED)
         }
+        whole = [name for name, device in self.devices.items() if not device.profile.patches]
         options = {
-            choice.name: tuple(o for o in choice.options if choice.role != "precision" or o in legal)
+            choice.name: tuple(
+                o
+                for o in choice.options
+                if (choice.role != "precision" or o in legal) and (choice.role != "patches" or o == 1 or not whole)
+            )
             for choice in self.space.choices
         }
         lacking = [name for name, left in options.items() if not left]
         if lacking:
             offered = self.space.choice(lacking[0]).options
+            if self.space.choice(lacking[0]).role == "patches":
+                raise Infeasible(
+                    f"no architecture is legal on {', '.join(whole)}, which runs no layers patch by patch: the space "
+                    f"offers {', '.join(map(str, offered))} patches a side; add 1 to space.patches"
+                )
             raise Infeasible(
                 f"no architecture is legal on {', '.join(self.devices)}: "
                 f"together they run {', '.join(sorted(legal)) or 'nothing'}, "

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.interpreter import NORM_EPSILON, Normalization, Parameters, Tap, execute
+from nas.interpreter import NORM_EPSILON, Normalization, Parameters, Tap, execute, execute_in_patches
 from search_spaces import Architecture, Layer, Network, SearchSpace
 
 Shape = tuple[int, ...]
@@ -282,6 +282,11 @@ class Subnet(nn.Module):
     def run(self, x: Tensor, normalization: Normalization) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # CPU convolutions and norms run up to four times faster
         return execute(self.network, x, self._parameters_of, normalization, self.tap)
+
+    def in_patches(self, x: Tensor) -> Tensor:
+        """The logits, the first layers run patch by patch where the network says so, norms from their statistics."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        return execute_in_patches(self.network, x, self._parameters_of, self.tap)
 
     def _parameters_of(self, layer: Layer) -> Parameters:
         key = _key(layer.name)

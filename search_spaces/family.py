@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
 from typing import NoReturn, TypeVar
 
-from search_spaces.layers import Shape
+from search_spaces.layers import Layer, Shape
 from search_spaces.precision import PRECISIONS
 from search_spaces.space import Choice, Condition, InputShape, Values
 
@@ -117,6 +117,11 @@ def deeper_than(index: int, depth: str, depths: Sequence[int]) -> tuple[Conditio
 def precision_choice(layer: str, precisions: tuple[str, ...], *active_if: Condition) -> Choice:
     """The gene of a layer with weights."""
     return Choice(f"{layer}.precision", precisions, "precision", active_if)
+
+
+def in_patches(layers: Iterable[Layer], patches: int) -> tuple[Layer, ...]:
+    """The layers of a slot that runs in `patches` patches a side (`Network.patch_stage`)."""
+    return tuple(layers) if patches == 1 else tuple(replace(layer, patches=patches) for layer in layers)
 
 
 def square_input(channels: int) -> InputShape:

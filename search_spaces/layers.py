@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,7 @@ PREV = "@prev"  # inside a slot: whatever the slot before produced
 FUSED_ACTIVATIONS = ("", "relu", "relu6")  # the ones runtimes fuse into an integer convolution
 FREE_ACTIVATIONS = ("relu", "relu6", "hardswish", "hardsigmoid", "gelu")
 PADDINGS = ("symmetric", "same")  # see pad_for
+PATCHABLE_KINDS = ("conv2d", "add", "activation", "pool")  # what can see a part of the map alone; pools: max only
 
 
 class InvalidNetwork(ValueError):
@@ -40,7 +42,8 @@ class Layer:
 
     A convolution or linear layer owns its bias, its folded batch norm (`norm`) and an activation where
     runtimes fuse one (`relu`, `relu6`). `precision` is what it computes in; layers without weights
-    inherit theirs when the network is assembled (see `Kind.quantization`).
+    inherit theirs when the network is assembled (see `Kind.quantization`). `patches` is how many patches a side
+    of the map is computed in, where the network starts with a patch stage (see `Network.patch_stage`).
     """
 
     name: str
@@ -56,6 +59,7 @@ class Layer:
     activation: str = ""
     attributes: tuple[tuple[str, Attribute], ...] = ()
     precision: Precision = FP32
+    patches: int = 1
 
     def __getitem__(self, attribute: str) -> Attribute:
         for name, value in self.attributes:
@@ -434,6 +438,18 @@ class Network:
                         f"layer {layer.name!r} expects {expected} from {source!r}, got {shapes.get(source)}"
                     )
             shapes[layer.name] = layer.out_shape
+        if any(layer.patches != 1 for layer in self.layers):
+            _check_patch_stage(self.layers, self.patch_stage)
+
+    @cached_property
+    def patch_stage(self) -> tuple[Layer, ...]:
+        """The first layers, where they run patch by patch (arXiv 2110.15352); mostly none.
+
+        The map that the last of them makes is divided into `patches` times `patches` parts. For each in turn, all
+        layers of the stage run on what it needs of their inputs; halos shared by neighbours are computed again. The
+        result is that of running the layers whole, for less memory and more work.
+        """
+        return tuple(takewhile(lambda layer: layer.patches != 1, self.layers))
 
     @cached_property
     def by_name(self) -> Mapping[str, Layer]:
@@ -466,6 +482,37 @@ class Network:
         """Share of the multiply-accumulates that quantized layers do."""
         total = self.macs
         return sum(layer.macs for layer in self.layers if layer.precision.is_quantized) / total if total else 0.0
+
+
+def _check_patch_stage(layers: tuple[Layer, ...], stage: tuple[Layer, ...]) -> None:
+    """Raise InvalidNetwork unless the layers in patches come first, agree, and hand over the last one's map alone."""
+    rest = layers[len(stage) :]
+    odd = next((layer for layer in layers if layer.patches not in (1, layers[0].patches)), None)
+    late = next((layer for layer in rest if layer.patches != 1), None)
+    if odd or late or layers[0].patches < 1:
+        wrong = odd or late or layers[0]
+        raise InvalidNetwork(
+            f"layer {wrong.name!r} runs in {wrong.patches} patches a side; expected the first layers of a network to "
+            "run in one number of patches, and all after them in 1"
+        )
+    for layer in stage:
+        whole = layer.kind not in PATCHABLE_KINDS or (layer.kind == "pool" and layer["mode"] != "max")
+        if whole or len(layer.out_shape) != 3:
+            raise InvalidNetwork(
+                f"layer {layer.name!r} of kind {layer.kind} has no patches; end the patch stage before"
+            )
+    last = stage[-1]
+    inner = {INPUT, *(layer.name for layer in stage)} - {last.name}
+    if leaking := [layer.name for layer in rest if not inner.isdisjoint(layer.inputs)]:
+        raise InvalidNetwork(
+            f"layers {leaking} read what the patch stage does not hand over; it ends with {last.name!r}"
+        )
+    if unread := inner - {source for layer in stage for source in layer.inputs}:
+        raise InvalidNetwork(f"nothing in the patch stage reads {sorted(unread)}; it must end with one map")
+    if min(last.out_shape[1:]) < last.patches:
+        raise InvalidNetwork(
+            f"layer {last.name!r} makes a map of {last.out_shape[1:]}, too few for {last.patches} patches a side"
+        )
 
 
 def assemble(input_shape: Shape, slots: list[tuple[Layer, ...]], name: str = "") -> Network:

@@ -3,7 +3,8 @@
     stem (3x3) -> stage1 -> ... -> stageN -> head (1x1) -> global average pool -> classifier
 
 Elastic: input resolution; width of stem, stages and head; depth of each stage; kernel, expansion and
-squeeze-excite of each block; precision of each convolution and of the classifier. Blocks are shared by
+squeeze-excite of each block; precision of each convolution and of the classifier; in how many patches the first
+layers run, and which those are (arXiv 2110.15352). Blocks are shared by
 position: a shallower stage is the first blocks of a deeper one. The first block of a stage has no shortcut,
 whatever its widths, so that a weight always sees the same kind of block.
 """
@@ -21,6 +22,7 @@ from search_spaces.family import (
     SMALLEST_RESOLUTION,
     SettingReader,
     deeper_than,
+    in_patches,
     precision_choice,
     square_input,
 )
@@ -30,6 +32,7 @@ from search_spaces.space import RESTRICT, Choice, Condition, SearchSpace, Slot, 
 
 NONLINEARITIES = ("relu", "relu6", "hardswish")
 WIDTH_MULTIPLIERS = (0.5, 0.75, 1.0)
+PATCHES, PATCH_STAGES = "patches", "patch_stages"  # the choices, where there is more than one option
 
 
 def round_width(width: float, divisor: int) -> int:
@@ -52,6 +55,12 @@ class _Block:
     padding: str
     divisor: int
     coupled: tuple[tuple[int, int | float], ...]  # (depth of the stage, expansion); empty where each block chooses
+    number: int  # of the stage, from 1
+
+    def patches(self, values: Values) -> int:
+        """Patches a side that it runs in: the patch stage ends with the first block of one of the stages."""
+        last = int(values.get(PATCH_STAGES, 0))
+        return int(values[PATCHES]) if self.number < last or (self.number == last and self.index == 0) else 1
 
     def expansion(self, values: Values) -> Value:
         if self.coupled:
@@ -142,7 +151,7 @@ def _lower_block(block: _Block, values: Values) -> tuple[Layer, ...]:
     made += project
     if block.index:
         made.append(L.add(f"{block.name}.add", tensor, source))
-    return tuple(made)
+    return in_patches(made, block.patches(values))
 
 
 def _lower_stem(channels: int, stride: int, nonlinearity: str, padding: str, values: Values) -> tuple[Layer, ...]:
@@ -151,7 +160,7 @@ def _lower_stem(channels: int, stride: int, nonlinearity: str, padding: str, val
     made, _ = _conv(
         "stem", source, int(values["stem.width"]), values, nonlinearity, kernel=3, stride=stride, padding=padding
     )
-    return tuple(made)
+    return in_patches(made, int(values.get(PATCHES, 1)))
 
 
 def _lower_head(classes: int, last: str, reduction: int, nonlinearity: str, values: Values) -> tuple[Layer, ...]:
@@ -189,6 +198,10 @@ class MobileNet(SearchSpace):
         nonlinearity: relu, relu6 or hardswish.
         padding: `symmetric`, or `same` (TensorFlow's, which microcontrollers need not copy for).
         divisor: widths are multiples of it.
+        patches: options for the patches a side that the first layers run in, for devices that can
+            (`Network.patch_stage`); 1 runs them whole. Not with squeeze-excite, which sees the whole map.
+        patch_stages: options for where those layers end: with the first block of this stage, counted from 1, which is
+            the one with the stride. By default every stage that makes as many pixels a side as there are patches.
 
     Raises ValueError, saying which argument, for values no network can take.
     """
@@ -213,6 +226,8 @@ class MobileNet(SearchSpace):
         padding: str = "symmetric",
         divisor: int = 8,
         coupled: bool = False,
+        patches: Sequence[int] = (1,),
+        patch_stages: Sequence[int] | None = None,
     ) -> None:
         read = SettingReader("mobilenet")
         resolutions = read.whole_options("resolutions", resolutions, SMALLEST_RESOLUTION, LARGEST_RESOLUTION)
@@ -246,6 +261,12 @@ class MobileNet(SearchSpace):
         if smallest < total_stride:
             read.refuse("resolutions", list(resolutions), f"at least {total_stride} pixels, the product of the strides")
 
+        patches = read.whole_options("patches", patches)
+        sides = [_size(smallest, stem_stride * prod(strides[:count])) for count in range(1, len(strides) + 1)]
+        schedule = _patch_choices(read, patches, patch_stages, sides)
+        if schedule and True in excitations:
+            read.refuse("squeeze_excite", list(excitations), "false alone, where patches do not see the whole map")
+
         def width(place: str, base: int) -> Choice:
             options = sorted({round_width(base * multiplier, divisor) for multiplier in width_multipliers})
             for option in options if place != "head" else ():
@@ -255,12 +276,12 @@ class MobileNet(SearchSpace):
                     read.refuse("expansions", list(expansions), expected)
             return Choice(f"{place}.width", tuple(options), "width")
 
-        choices = [Choice("resolution", resolutions, "resolution"), width("stem", stem_width)]
+        choices = [Choice("resolution", resolutions, "resolution"), *schedule, width("stem", stem_width)]
         choices.append(precision_choice("stem", precisions))
         slots = [
             Slot(
                 "stem",
-                ("resolution", "stem.width", "stem.precision"),
+                ("resolution", "stem.width", "stem.precision", *(choice.name for choice in schedule[:1])),
                 partial(_lower_stem, channels, stem_stride, nonlinearity, padding),
             )
         ]
@@ -270,11 +291,15 @@ class MobileNet(SearchSpace):
             choices += [width(stage, base), Choice(f"{stage}.depth", depths, "depth")]
             for index in range(depths[-1]):
                 name = f"{stage}.block{index}"
-                block = _Block(name, stage, previous, index, stride, reduction, nonlinearity, padding, divisor, pairs)
+                block = _Block(
+                    name, stage, previous, index, stride, reduction, nonlinearity, padding, divisor, pairs, number
+                )
                 own = _block_choices(block, depths, kernels, expansions, excitations, precisions)
                 choices += own
                 shared = ["resolution", f"{stage}.width", f"{stage}.depth"]
                 shared += [] if index else [f"{previous}.width"]
+                if schedule and (number, index) <= (int(schedule[1].options[-1]), 0):
+                    shared += [PATCHES, PATCH_STAGES]
                 slots.append(Slot(name, (*shared, *(c.name for c in own)), partial(_lower_block, block)))
             reduction, previous = reduction * stride, stage
         choices.append(width("head", head_width))
@@ -307,6 +332,8 @@ class MobileNet(SearchSpace):
         }
         if coupled:  # left out otherwise, so that spaces keep the names they had
             settings["coupled"] = True
+        if schedule:  # likewise
+            settings |= {choice.name: list(choice.options) for choice in schedule}
         super().__init__("mobilenet", settings, choices, slots, square_input(channels), classes)
 
     @classmethod
@@ -370,6 +397,29 @@ def _refuse_restrict(read: SettingReader, settings: Mapping[str, object]) -> Non
 
 def _rounded(value: float) -> int:
     return int(value + 0.5)
+
+
+def _patch_choices(
+    read: SettingReader, patches: tuple[int, ...], stages: object, sides: Sequence[int]
+) -> tuple[Choice, ...]:
+    """How many patches a side, and the stage whose first block they end with; no choices where nothing is patched.
+
+    sides: of the map that each stage makes, at the smallest resolution.
+    """
+    able = [number for number, side in enumerate(sides, start=1) if side >= patches[-1]]
+    expected = f"stages, from 1, whose map has {patches[-1]} pixels a side, one for each patch: {able}"
+    if patches == (1,):
+        if stages is not None:
+            read.refuse("patch_stages", stages, "none, as patches = [1] runs every layer whole")
+        return ()
+    if not able:
+        read.refuse("patches", list(patches), f"at most {max(sides)}, the pixels a side of the first stage's map")
+    chosen = read.whole_options("patch_stages", able if stages is None else stages)
+    if not set(chosen) <= set(able):
+        read.refuse("patch_stages", list(chosen), expected)
+    several = tuple(option for option in patches if option > 1)
+    when: tuple[Condition, ...] = () if several == patches else ((PATCHES, several),)
+    return Choice(PATCHES, patches, "patches"), Choice(PATCH_STAGES, chosen, "patch_stages", when)
 
 
 def _coupled(read: SettingReader, depths: object, expansions: object) -> tuple[tuple[int, int | float], ...]:

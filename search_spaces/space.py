@@ -400,6 +400,11 @@ class SearchSpace:
         pairs = zip(self.choices, self._own(architecture).codes, strict=True)
         return self.from_codes(0 if choice.role == "precision" else code for choice, code in pairs)
 
+    def unpatched(self, architecture: Architecture) -> Architecture:
+        """The same network with its first layers run whole, where the space has that: patches at the first option."""
+        pairs = zip(self.choices, self._own(architecture).codes, strict=True)
+        return self.from_codes(0 if choice.role == "patches" else code for choice, code in pairs)
+
     def occurrences(self) -> Iterator[Network]:
         """Networks that together show every layer at its largest: the largest, the smallest, and each variation
         of one choice of the largest. The conformance suite checks this promise for every family."""

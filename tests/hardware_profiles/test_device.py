@@ -248,7 +248,10 @@ def test_a_file_is_read_by_path(tmp_path: Path) -> None:
             {"precisions/value/conv": ["int8"]},
             r"unknown kind of layer 'precisions\.value\.conv'; did you mean 'conv2d'",
         ),
-        ({"memory/planner": "greedy"}, r"memory\.planner: expected one of liveness, inplace_depthwise, got 'greedy'"),
+        (
+            {"memory/planner": "greedy"},
+            r"memory\.planner: expected one of liveness, inplace_depthwise, inplace_residual, tflm_greedy, got 'greedy'",
+        ),
         ({"memory/sram_overhead/value": float("nan")}, r"memory\.sram_overhead\.value: expected a number of 0"),
         ({"latency/coefficients_ms/conv.int8.macs": -1.0}, r"conv\.int8\.macs: expected a number of 0 or more, got -1"),
         ({"latency/coefficients_ms/convv.int8.macs": 1.0}, r"FAMILY\.PRECISION\.QUANTITY; did you mean 'conv'\?"),
