@@ -27,7 +27,15 @@ from hardware_profiles.cost_model import (
     Prediction,
     predicted,
 )
-from hardware_profiles.memory import PLANNERS, STORAGES, flash_bytes, peak_sram_bytes
+from hardware_profiles.memory import (
+    EXPLICIT_PADDINGS,
+    NEVER,
+    PLANNERS,
+    STORAGES,
+    flash_bytes,
+    peak_sram_bytes,
+    persistent_sram_bytes,
+)
 from hardware_profiles.patches import executed_macs
 from hardware_profiles.vela import ACCELERATORS, estimate
 from search_spaces import KINDS, PRECISIONS, Network
@@ -105,10 +113,10 @@ class DeviceProfile:
 
     precisions: kind of layer -> names of the precisions it may have; a kind that is absent cannot run.
     planner: which of `memory.PLANNERS` the runtime's memory is modelled by; None where SRAM is no concern.
-    explicit_padding: whether the runtime pads by operators of its own (`memory.peak_sram_bytes`).
+    explicit_padding: which of `memory.EXPLICIT_PADDINGS`: where the runtime pads by operators of its own.
     sram_overhead, sram_overhead_bytes: what a runtime needs on top of the planned peak, as a share of it and as a
         number of bytes.
-    storage: which of `memory.STORAGES` networks are stored in.
+    storage: which of `memory.STORAGES`: what the runtime keeps of a network in flash and SRAM beside the parameters.
     patches: whether the runtime can run the first layers patch by patch; where not, a network that does is illegal.
     energy_model: None where no energy was measured.
     sources: dotted key of the file -> where its number comes from.
@@ -128,7 +136,7 @@ class DeviceProfile:
     sram_overhead_bytes: int = 0
     flash_overhead_bytes: int = 0
     energy_model: EnergyModel | None = None
-    explicit_padding: bool = False
+    explicit_padding: str = NEVER
     storage: str = "c_arrays"
     patches: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -158,11 +166,12 @@ class DeviceProfile:
         return executed_macs(network)
 
     def sram_bytes(self, network: Network) -> int:
-        """Peak SRAM of one forward pass, the runtime's own included; raises UnavailableCost without a planner."""
+        """Peak SRAM of one forward pass, with what the runtime keeps; raises UnavailableCost without a planner."""
         if self.planner is None:
             raise UnavailableCost(f"{self.name} has no memory planner; only profiles with one give sram_bytes")
         peak = peak_sram_bytes(network, self.planner, explicit_padding=self.explicit_padding)
-        return ceil(peak * (1 + self.sram_overhead)) + self.sram_overhead_bytes
+        planned = ceil(peak * (1 + self.sram_overhead))
+        return planned + self.sram_overhead_bytes + persistent_sram_bytes(network, self.storage)
 
     def flash_bytes(self, network: Network) -> int:
         """The stored network and the runtime's code."""
@@ -287,8 +296,8 @@ class _Section:
             raise self.wrong(name, f"an integer of {lowest} or more", value)
         return value
 
-    def flag(self, name: str, *, default: object = _REQUIRED) -> bool:
-        value = self.take(name, default)
+    def flag(self, name: str) -> bool:
+        value = self.take(name)
         if not isinstance(value, bool):
             raise self.wrong(name, "true or false", value)
         return value
@@ -386,7 +395,7 @@ def _memory(section: _Section | None, sources: dict[str, str]) -> dict[str, Any]
         return {}
     found: dict[str, Any] = {
         "planner": section.text("planner", choices=PLANNERS),
-        "explicit_padding": section.flag("explicit_padding", default=False),
+        "explicit_padding": section.text("explicit_padding", choices=EXPLICIT_PADDINGS, default=NEVER),
         "storage": section.text("storage", choices=STORAGES, default="c_arrays"),
     }
     overheads = [name for name in ("sram_overhead", "sram_overhead_bytes") if name in section.left]

@@ -34,11 +34,12 @@ INPLACE_RESIDUAL = "inplace_residual"
 TFLM_GREEDY = "tflm_greedy"
 PLANNERS = (LIVENESS, INPLACE_DEPTHWISE, INPLACE_RESIDUAL, TFLM_GREEDY)
 ELEMENTWISE = ("add", "multiply", "activation")
+NEVER, UNLESS_SAME, ALWAYS = "never", "unless_same", "always"
+EXPLICIT_PADDINGS = (NEVER, UNLESS_SAME, ALWAYS)
 TFLM_ALIGNMENT_BYTES = 16  # of every buffer in the arena of TensorFlow Lite Micro
 
 
 SCALE_BYTES = 4  # a float32
-TFLITE_LAYER_BYTES = 737
 
 
 class UnknownStorage(LookupError):
@@ -68,7 +69,7 @@ class _Step:
     bytes: int
 
 
-def peak_sram_bytes(network: Network, planner: str = LIVENESS, *, explicit_padding: bool = False) -> int:
+def peak_sram_bytes(network: Network, planner: str = LIVENESS, *, explicit_padding: str = NEVER) -> int:
     """The most bytes of activations that live at one time, for one sample.
 
     Planners:
@@ -82,13 +83,17 @@ def peak_sram_bytes(network: Network, planner: str = LIVENESS, *, explicit_paddi
         tflm_greedy: what the buffers of `liveness`, and one for the result of each reshape, take in the arena of
             TensorFlow Lite Micro (`greedy_arena_bytes`).
 
-    With `explicit_padding`, the runtime pads by an operator of its own, whose result is a buffer, wherever the
-    padding is neither none nor TensorFlow's `same`: so do models that were converted from PyTorch to TFLite.
+    Where the runtime pads by an operator of its own, whose result is a buffer (`explicit_padding`):
+        never: its kernels pad.
+        unless_same: they know TensorFlow's `same` only; so models are converted from PyTorch to TFLite today.
+        always: every padding, as older converters wrote it.
 
-    Raises UnknownPlanner for any other name.
+    Raises UnknownPlanner for any other planner, ValueError for any other padding.
     """
     if planner not in PLANNERS:
         raise UnknownPlanner(f"unknown memory planner {planner!r}; known: {', '.join(PLANNERS)}")
+    if explicit_padding not in EXPLICIT_PADDINGS:
+        raise ValueError(f"explicit_padding = {explicit_padding!r}: expected one of {', '.join(EXPLICIT_PADDINGS)}")
     steps = _steps(network, views=planner != TFLM_GREEDY, explicit_padding=explicit_padding)
     stage = network.patch_stage
     rest = [step for made in steps[len(stage) :] for step in made]
@@ -177,39 +182,63 @@ def _last_reads(steps: Sequence[_Step]) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What a runtime stores beside the weights and the int32 biases.
+    """What a runtime keeps of a network beside weights, int32 biases and activations.
 
-    channel_bytes: quantization parameters, of each output channel of a quantized layer with weights.
-    layer_bytes: the description of a layer: operator, tensors and their names.
+    In flash: quantization parameters of each output channel of the quantized layers of the kinds `per_channel`, and the
+    description of each layer (operator, tensors, names). In SRAM, from loading on: what its kernels and its interpreter
+    prepare for each such channel and each layer, and what it holds of itself.
     """
 
-    channel_bytes: int
-    layer_bytes: int
+    per_channel: tuple[str, ...]
+    flash_channel_bytes: int
+    flash_layer_bytes: int = 0
+    sram_channel_bytes: int = 0
+    sram_layer_bytes: int = 0
+    sram_fixed_bytes: int = 0
 
 
-# c_arrays: a float32 scale a channel; layers are function calls, which the runtime's overhead counts (TinyEngine).
-# tflite: weights and bias have a float32 scale and an int64 zero point each, by the format's schema; layer_bytes is
-# the slope that experiments/benchmarks/mcu_memory.py finds in six networks of TensorFlow Lite Micro on an STM32H743.
-STORAGES: Mapping[str, Storage] = {"c_arrays": Storage(4, 0), "tflite": Storage(24, TFLITE_LAYER_BYTES)}
+# c_arrays: constants in generated code (TinyEngine): a float32 scale a channel; layers are calls, a part of the code.
+# tflite: a .tflite file in an interpreter (TensorFlow Lite Micro). A channel's weights and bias have a float32 scale
+# and an int64 zero point each in the file, and an int32 multiplier and shift in SRAM: fits to the networks measured on
+# an STM32H743 find 24.3 and 8.02 bytes. The other numbers are those fits' (experiments/benchmarks/mcu_memory.py).
+# A linear layer has one scale in the MLPerf Tiny files.
+STORAGES: Mapping[str, Storage] = {
+    "c_arrays": Storage(("conv2d", "linear"), 4),
+    "tflite": Storage(("conv2d",), 24, 737, 8, 257, 9057),
+}
+
+
+def storage_of(name: str) -> Storage:
+    """Raises UnknownStorage naming the known ones."""
+    if name not in STORAGES:
+        raise UnknownStorage(f"unknown storage {name!r}; known: {', '.join(STORAGES)}")
+    return STORAGES[name]
 
 
 def flash_bytes(network: Network, overhead_bytes: int = 0, storage: str = "c_arrays") -> int:
-    """Bytes of the stored network, plus what a runtime adds for its code.
-
-    Raises UnknownStorage for a storage that is not one of `STORAGES`.
-    """
-    if storage not in STORAGES:
-        raise UnknownStorage(f"unknown storage {storage!r}; known: {', '.join(STORAGES)}")
-    stored = STORAGES[storage]
-    channels = sum(layer.out_shape[0 if layer.kind == "conv2d" else -1] for layer in quantized_weights(network))
-    surplus = stored.channel_bytes - SCALE_BYTES  # `model_bytes` has a scale of every channel already
-    layers = sum(layer.kind != "parameter" for layer in network.layers)
-    return network.model_bytes + channels * surplus + layers * stored.layer_bytes + overhead_bytes
+    """Bytes of the stored network, plus what a runtime adds for its code; raises UnknownStorage."""
+    kept = storage_of(storage)
+    own_scales = SCALE_BYTES * quantized_channels(network, ("conv2d", "linear"))  # which `model_bytes` has
+    described = quantized_channels(network, kept.per_channel) * kept.flash_channel_bytes
+    described += _operators(network) * kept.flash_layer_bytes
+    return network.model_bytes - own_scales + described + overhead_bytes
 
 
-def quantized_weights(network: Network) -> list[Layer]:
-    """The layers whose weights are integers, with a scale for each output channel."""
-    return [layer for layer in network.layers if layer.has_weights and layer.precision.is_quantized]
+def persistent_sram_bytes(network: Network, storage: str = "c_arrays") -> int:
+    """Bytes of SRAM that a runtime keeps besides the activations; raises UnknownStorage."""
+    kept = storage_of(storage)
+    per_channel = quantized_channels(network, kept.per_channel) * kept.sram_channel_bytes
+    return per_channel + _operators(network) * kept.sram_layer_bytes + kept.sram_fixed_bytes
+
+
+def quantized_channels(network: Network, kinds: Sequence[str]) -> int:
+    """Output channels of all layers of these kinds that have integer weights."""
+    quantized = (layer for layer in network.layers if layer.kind in kinds and layer.precision.is_quantized)
+    return sum(layer.parameter_shapes["bias"][0] for layer in quantized)
+
+
+def _operators(network: Network) -> int:
+    return sum(layer.kind != "parameter" for layer in network.layers)
 
 
 def _extra_bytes(layer: Layer, out_bytes: int, dying_bytes: list[int]) -> int:
@@ -234,7 +263,7 @@ def _bytes(shape: Shape, bits: int, sides: tuple[int, int] | None) -> int:
     return -(-elements * bits // 8)
 
 
-def _steps(network: Network, *, views: bool, explicit_padding: bool) -> list[list[_Step]]:
+def _steps(network: Network, *, views: bool, explicit_padding: str) -> list[list[_Step]]:
     """What runs for each layer, in order: the conversions and the padding that it needs, and itself."""
     sides = patch_sides(network)
     copies: dict[int, list[str]] = {}
@@ -257,7 +286,7 @@ def _steps(network: Network, *, views: bool, explicit_padding: bool) -> list[lis
             made.append(_Step(None, _held((buffer_of[source],)), copied[source], sizes[source]))
         wanted = layer.precision.is_quantized
         reads = _held(tuple(buffer_of[s] if quantized[s] == wanted else copied[s] for s in layer.inputs))
-        if explicit_padding and layer.patches == 1 and needs_padding(layer):
+        if layer.patches == 1 and pads_explicitly(layer, explicit_padding):
             padded = f"{layer.name} padded"
             made.append(_Step(None, reads, padded, _bytes(_padded_shape(layer), layer.precision.activation_bits, None)))
             reads = (padded,)
@@ -272,10 +301,12 @@ def _steps(network: Network, *, views: bool, explicit_padding: bool) -> list[lis
     return steps
 
 
-def needs_padding(layer: Layer) -> bool:
-    """Whether a runtime that knows no padding but TensorFlow's `same` must pad the layer's input before it."""
-    if not any(layer.padding):
+def pads_explicitly(layer: Layer, explicit_padding: str) -> bool:
+    """Whether the runtime pads the layer's input by an operator of its own (`peak_sram_bytes`)."""
+    if explicit_padding == NEVER or not any(layer.padding):
         return False
+    if explicit_padding == ALWAYS:
+        return True
     _, height, width = layer.in_shapes[0]
     top, bottom = pad_for(layer.kernel, layer.stride, height, "same")
     left, right = pad_for(layer.kernel, layer.stride, width, "same")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from hardware_profiles.memory import needs_padding
+from hardware_profiles.memory import UNLESS_SAME, pads_explicitly
 from search_spaces import INPUT, Layer, Network
 
 PACKAGE = "tflite_micro"
@@ -144,9 +144,9 @@ class _Writer:
         options.dilationHFactor = options.dilationWFactor = 1
         options.fusedActivationFunction = self._fused(layer)
         options.padding = self.schema.Padding.SAME
-        if needs_padding(layer):
+        if pads_explicitly(layer, UNLESS_SAME):
             source = self._padded(layer, source)
-        if needs_padding(layer) or not any(layer.padding):
+        if pads_explicitly(layer, UNLESS_SAME) or not any(layer.padding):
             options.padding = self.schema.Padding.VALID
         if layer.is_depthwise:
             options.depthMultiplier = 1
