@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from search_spaces import Architecture, SearchSpace
+from search_spaces.space import DEPLOYMENT_ROLES
 
 LARGEST_SET = 160  # SortedNet trained up to 160 sub-models at once (arXiv 2309.00255)
 
@@ -289,7 +290,7 @@ class Progressive(_Planner):
     def _phases(self) -> list[_Phase]:
         options: dict[str, int] = {}
         for choice in self.space.choices:
-            if choice.role != "precision":
+            if choice.role not in DEPLOYMENT_ROLES:
                 options[choice.role] = max(options.get(choice.role, 0), len(choice.options))
         elastic = [role for role, count in options.items() if count > 1]
         named = frozenset[str]().union(*(group for group, *_ in self.GROUPS))
@@ -335,7 +336,7 @@ class Progressive(_Planner):
         codes = []
         for choice in self.space.choices:
             last = len(choice.options) - 1
-            if choice.role == "precision":
+            if choice.role in DEPLOYMENT_ROLES:
                 codes.append(0)
             elif choice.role in phase.roles:
                 lowest = max(0, last - 1) if choice.role in phase.newest else 0
@@ -359,19 +360,19 @@ STRATEGIES: Mapping[str, Callable[[SearchSpace, int, int, StrategySettings], Str
 
 
 def sample(space: SearchSpace, rng: np.random.Generator) -> Architecture:
-    """Every choice uniform and independent; precisions do not change weights, so they stay at the first option."""
-    return space.unquantized(space.sample(rng))
+    """Every choice uniform and independent; what changes no weight, such as a precision, stays at the first option."""
+    return space.undeployed(space.sample(rng))
 
 
 def middle(space: SearchSpace) -> Architecture:
     """Every choice at its middle option, the lower of two."""
-    return space.from_codes(0 if c.role == "precision" else (len(c.options) - 1) // 2 for c in space.choices)
+    return space.from_codes(0 if c.role in DEPLOYMENT_ROLES else (len(c.options) - 1) // 2 for c in space.choices)
 
 
 def nested_set(space: SearchSpace, size: int, rng: np.random.Generator) -> tuple[Architecture, ...]:
     """Up to `size` distinct architectures: the chains first, then random ones; fewer in a smaller space."""
     found = dict.fromkeys([space.largest, space.smallest])
-    roles = [role for role in dict.fromkeys(c.role for c in space.choices) if role != "precision"]
+    roles = [role for role in dict.fromkeys(c.role for c in space.choices) if role not in DEPLOYMENT_ROLES]
     for shrinking in [roles, *([role] for role in roles)]:
         found |= dict.fromkeys(_chain(space, shrinking))
     stale = 0

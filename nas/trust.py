@@ -43,6 +43,7 @@ from nas.train import steps_of, train
 from nas.train_settings import TrainSettings
 from nas.versions import versions
 from search_spaces import Architecture, SearchSpace
+from search_spaces.space import DEPLOYMENT_ROLES
 
 log = logging.getLogger(__name__)
 
@@ -403,7 +404,7 @@ def spread_over_macs(space: SearchSpace, count: int, rng: np.random.Generator) -
     """
     if not FEWEST <= count <= CANDIDATES:
         raise ValueError(f"networks = {count}; expected {FEWEST} to {CANDIDATES}")
-    plain = space.restricted({c.name: c.options[:1] for c in space.choices if c.role == "precision"})
+    plain = space.restricted({c.name: c.options[:1] for c in space.choices if c.role in DEPLOYMENT_ROLES})
     drawn = sample_spread(plain, CANDIDATES, rng)
     if len(drawn) < CANDIDATES and plain.size <= LISTED:  # of a few networks, random ones miss some
         listed = list(plain.all())

@@ -27,6 +27,7 @@ Values = Mapping[str, Value]
 Condition = tuple[str, tuple[Value, ...]]  # the name of an earlier choice, and the options of it that count
 InputShape = Callable[[Values], Shape]
 
+DEPLOYMENT_ROLES = ("precision", "patches", "patch_stages")  # how a network is run; they change no weight
 RESTRICT = "restrict"  # the setting, of every family, that limits choices to some of their options
 MOST_LISTED = 1_000_000  # architectures that `SearchSpace.all` agrees to list
 
@@ -249,8 +250,8 @@ class SearchSpace:
 
     @property
     def largest(self) -> Architecture:
-        """The last option of every choice, but the first precision: the network all weights are cut from."""
-        return self.unquantized(self.from_codes([len(choice.options) - 1 for choice in self.choices]))
+        """The last option of every choice, but run as `undeployed` says: the network all weights are cut from."""
+        return self.undeployed(self.from_codes([len(choice.options) - 1 for choice in self.choices]))
 
     @cached_property
     def size(self) -> int:
@@ -395,15 +396,17 @@ class SearchSpace:
                 codes[i] = choice.code_of(precision)
         return self.from_codes(codes)
 
-    def unquantized(self, architecture: Architecture) -> Architecture:
-        """The same network with every precision at its first option."""
-        pairs = zip(self.choices, self._own(architecture).codes, strict=True)
-        return self.from_codes(0 if choice.role == "precision" else code for choice, code in pairs)
-
     def unpatched(self, architecture: Architecture) -> Architecture:
         """The same network with its first layers run whole, where the space has that: patches at the first option."""
+        return self._reset(architecture, ("patches",))
+
+    def undeployed(self, architecture: Architecture) -> Architecture:
+        """The same weights with every choice of how they are run at its first option: what training sees."""
+        return self._reset(architecture, DEPLOYMENT_ROLES)
+
+    def _reset(self, architecture: Architecture, roles: Sequence[str]) -> Architecture:
         pairs = zip(self.choices, self._own(architecture).codes, strict=True)
-        return self.from_codes(0 if choice.role == "patches" else code for choice, code in pairs)
+        return self.from_codes(0 if choice.role in roles else code for choice, code in pairs)
 
     def occurrences(self) -> Iterator[Network]:
         """Networks that together show every layer at its largest: the largest, the smallest, and each variation

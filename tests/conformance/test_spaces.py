@@ -49,6 +49,7 @@ SMALL: dict[str, dict[str, object]] = {
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "mobilenet, coupled": ("mobilenet", {"coupled": True}),
     "mobilenet, coupled from expansion 2": ("mobilenet", {"coupled": True, "expansions": [2, 3, 4]}),
+    "mobilenet, patches": ("mobilenet", {"squeeze_excite": [False], "patches": [1, 2, 3]}),
     "mobilenet, restricted": (
         "mobilenet",
         {

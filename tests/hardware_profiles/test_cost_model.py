@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,27 @@ def test_features_of_a_network_counted_by_hand() -> None:
         "quantize.int8.bytes": 5 * (64 * 4 + 4),
         "dequantize.int8.count": 1,
         "dequantize.int8.bytes": 5 * 64 * 4,
+    }
+
+
+def test_a_patch_stage_counts_what_all_patches_do() -> None:
+    image = Port(INPUT, (3, 8, 8))
+    first = L.conv2d("first", image, 4, kernel=3, precision=INT8)
+    second = L.conv2d("second", port(first), 2, kernel=3, precision=INT8)
+    after = L.conv2d("after", port(second), 2, precision=INT8)
+    stage = tuple(replace(layer, patches=2) for layer in (first, second))
+    # each of 4 patches makes 4x4 of 8x8, from 6x6, from the whole image, since 8x8 is what there is
+    assert features(assemble(image.shape, [(*stage, after)])) == {
+        "conv.int8.count": 2 * 4,
+        "conv.int8.macs": 4 * (36 * 4 * 3 * 9 + 16 * 2 * 4 * 9),
+        "conv.int8.bytes": 4 * (64 * 3 + 36 * 4 + 36 * 4 + 16 * 2),
+        "conv.int8.weight_bytes": 4 * (first.weight_bytes + second.weight_bytes),
+        "pointwise.int8.count": 1,
+        "pointwise.int8.macs": 64 * 4,
+        "pointwise.int8.bytes": 64 * 4,
+        "pointwise.int8.weight_bytes": after.weight_bytes,
+        "quantize.int8.count": 1,
+        "quantize.int8.bytes": 5 * 4 * 64 * 3,
     }
 
 

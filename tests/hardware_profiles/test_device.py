@@ -20,7 +20,7 @@ from hardware_profiles.device import (
     device_names,
     load_device,
 )
-from hardware_profiles.memory import peak_sram_bytes
+from hardware_profiles.memory import flash_bytes, peak_sram_bytes, persistent_sram_bytes
 from search_spaces import CompactTransformer, MobileNet, Network
 
 INT8_NET = MobileNet(precisions=("int8",))
@@ -321,3 +321,49 @@ def test_a_wrong_command_is_refused_in_one_line(tmp_path: Path, latency: dict[st
     with pytest.raises(InvalidProfile, match=message) as caught:
         load_device(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_patches_are_legal_only_where_the_runtime_runs_them(tmp_path: Path) -> None:
+    space = MobileNet(precisions=("int8",), patches=(1, 2), patch_stages=(1,))
+    network = space.lower(space.build({"patches": 2}))
+    stage = tuple(layer.name for layer in network.patch_stage)
+    assert stage
+    for name in device_names():
+        profile = load_device(name)
+        assert profile.patches == (profile.runtime == "TinyEngine")
+        assert set(stage) <= set(profile.illegal_layers(network)) or profile.patches
+    able, unable = load_device("stm32h743"), load_device(write(tmp_path, {"patches": None}))
+    assert able.illegal_layers(network) == ()
+    assert unable.illegal_layers(network) == stage
+    assert able.macs(network) > network.macs == able.macs(space.lower(space.smallest))
+    whole = space.lower(space.unpatched(space.build({"patches": 2})))
+    assert able.latency(network).mean_ms > able.latency(whole).mean_ms
+
+
+def test_an_interpreter_pads_and_keeps_more(tmp_path: Path) -> None:
+    network = sampled(INT8_NET)
+    change = {
+        "memory/planner": "tflm_greedy",
+        "memory/explicit_padding": "always",
+        "memory/storage": "tflite",
+        "memory/sram_overhead/value": 0.0,
+    }
+    profile = load_device(write(tmp_path, change))
+    assert profile.sram_bytes(network) == (
+        peak_sram_bytes(network, "tflm_greedy", explicit_padding="always") + persistent_sram_bytes(network, "tflite")
+    )
+    assert profile.flash_bytes(network) == flash_bytes(network, profile.flash_overhead_bytes, "tflite")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patches/value": 4}, r"patches\.value: expected true or false, got 4"),
+        ({"patches/source": None}, r"missing key 'patches\.source'"),
+        ({"memory/explicit_padding": True}, r"memory\.explicit_padding: expected a text, got True"),
+        ({"memory/storage": "zip"}, r"memory\.storage: expected one of c_arrays, tflite, got 'zip'"),
+    ],
+)
+def test_wrong_runtime_properties_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidProfile, match=message):
+        load_device(write(tmp_path, change))

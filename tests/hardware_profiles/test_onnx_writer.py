@@ -451,3 +451,13 @@ def test_a_network_may_end_in_a_rearrangement_of_integers(rng: np.random.Generat
         network = assemble((3, 6, 6), [layers])
         assert network.output.precision is INT8
         _compare_integers(network, rng)
+
+
+def test_patches_leave_the_model_as_it_is(rng: np.random.Generator) -> None:
+    """How a device schedules a network is told beside the model."""
+    space = MobileNet(patches=(1, 2), precisions=("int8",))
+    whole, patched = (space.lower(space.build({"patches": count})) for count in (1, 2))
+    assert patched.patch_stage
+    weights = random_weights(whole, rng)
+    made = [write_onnx(network, weights, random_ranges(network)).graph for network in (whole, patched)]
+    assert list(made[0].node) == list(made[1].node) and list(made[0].initializer) == list(made[1].initializer)

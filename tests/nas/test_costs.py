@@ -236,6 +236,21 @@ def test_an_estimate_says_that_it_is_simulated(monkeypatch: pytest.MonkeyPatch) 
     assert npu.has_latency and not npu.has_latency_error
 
 
+def test_macs_on_a_device_count_the_halos_of_patches(tmp_path: Path) -> None:
+    space = tiny.space(patches=(1, 2), precisions=("int8",))
+    network = space.lower(space.build({"patches": 2}))
+    able = ProfiledDevice(tiny.device(tmp_path, patches={"value": True, "source": "made up"}))
+    figures = cheap_figures(network, ["macs@toy", "macs"], {"toy": able})
+    assert figures["macs@toy"].value > figures["macs"].value == network.macs
+    assert cheap_figures(space.lower(space.smallest), ["macs@toy"], {"toy": able})["macs@toy"] == Figure.exact(
+        space.lower(space.smallest).macs
+    )
+    unable = ProfiledDevice(tiny.device(tmp_path))
+    assert unable.figure(network, "macs").value == math.inf
+    assert unable.refusal(network) == "toy runs no layers patch by patch (layer stem in 2 a side)"
+    assert parse_limit("macs@toy<=5M").value == 5e6
+
+
 def test_a_layer_that_no_measurement_covers_costs_infinitely_much_time_only(tmp_path: Path) -> None:
     swish = MobileNet(**(tiny.SPACE | {"channels": 1, "classes": 3, "nonlinearity": "hardswish"}))
     kinds = ("conv2d", "linear", "pool", "add", "reshape", "activation")

@@ -21,6 +21,7 @@ from nas.costs import Figure, ProfiledDevice
 from nas.export import ExportFailed, export_key
 from nas.front import Evaluation
 from nas.search import Evaluator
+from nas.supernet import Subnet
 from search_spaces import Architecture, InvalidArchitecture
 from tests.nas import tiny
 
@@ -214,3 +215,23 @@ def test_a_memory_that_is_too_small_is_told(evaluator: Evaluator, tmp_path: Path
     )
     assert manifest["devices"]["toy"]["fits"] is False
     assert "(does not fit)" in (tmp_path / manifest["id"] / "card.md").read_text()
+
+
+def test_patches_are_told_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, data = tiny.space(patches=(1, 2), patch_stages=(2,)), tiny.data()
+    net = nas.Supernet(space)
+    nas.train(net, data, epochs=4, batch_size=16, arithmetic="fp32")
+    evaluator = Evaluator(net, data)
+    architecture = space.with_precision(space.build({**space.largest.values, "patches": 2}), "int8")
+    mcu = ProfiledDevice(load_device("stm32f746"))
+    made: dict[str, Any] = nas.export(net, architecture, data, tmp_path, devices=[mcu], evaluator=evaluator)
+    network = space.lower(architecture)
+    told = made["patches"]
+    assert (told["per_side"], told["last_layer"]) == (2, "stage2.block0.project")
+    assert network.macs < told["macs_clipped"] <= told["macs"] == made["devices"]["stm32f746"]["macs"]
+    assert told["top1_agreement_with_whole"] >= 0.99
+
+    monkeypatch.setattr(Subnet, "in_patches", lambda subnet, x: -subnet(x))
+    with pytest.raises(ExportFailed, match=r"running 2 patches a side up to 'stage2\.block0\.project' agrees with"):
+        nas.export(net, architecture, data, tmp_path / "other", devices=[mcu], evaluator=evaluator)
+    assert not (tmp_path / "other").exists() or not any((tmp_path / "other").iterdir())

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nas.interpreter import FUSED, OPERATIONS, Normalization, execute, segment_starts
+from nas.interpreter import FUSED, OPERATIONS, Normalization, execute, execute_in_patches, segment_starts
 from search_spaces import INPUT, KINDS, Layer, Network
 from search_spaces import layers as L
 from search_spaces.layers import Port, port
+from tests.stages import random_stage
 
 EVAL = Normalization(from_batch=False)
 
@@ -314,3 +316,82 @@ def test_relu6_is_that_of_torch_and_keeps_no_copy() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         out = FUSED["relu6"](made)
     assert saved == [out.data_ptr()]
+
+
+# patches ------------------------------------------------------------------------------------------------------
+
+
+def random_parameters(network: Network, rng: np.random.Generator) -> dict[str, dict[str, Tensor]]:
+    """Weights, and norms whose statistics, scales and shifts are all random."""
+    held: dict[str, dict[str, Tensor]] = {}
+    for layer in network.layers:
+        shapes = dict(layer.parameter_shapes)
+        if layer.norm:
+            shapes |= dict.fromkeys(("norm_mean", "norm_variance", "norm_scale", "norm_shift"), shapes.pop("bias"))
+        held[layer.name] = {name: torch.from_numpy(rng.normal(0.3, 1.0, shape)) for name, shape in shapes.items()}
+        if layer.norm:
+            held[layer.name]["norm_variance"].abs_().add_(0.1)
+    return held
+
+
+@pytest.mark.parametrize("patches", [2, 3, 4])
+def test_patches_compute_what_the_whole_does(patches: int, rng: np.random.Generator) -> None:
+    for _ in range(15):
+        height, width = (int(side) for side in rng.integers(3 * patches, 23, 2))
+        network = random_stage(rng, height=height, width=width, patches=patches)
+        held = random_parameters(network, rng)
+        x = torch.from_numpy(rng.normal(size=(2, *network.input_shape)))
+        seen: list[str] = []
+
+        def parameters_of(layer: Layer, held: dict[str, dict[str, Tensor]] = held) -> dict[str, Tensor]:
+            seen.append(layer.name)  # noqa: B023
+            return held[layer.name]
+
+        patched = execute_in_patches(network, x, parameters_of)
+        assert len(seen) == patches**2 * len(network.patch_stage) + 1
+        whole = execute(network, x, parameters_of, EVAL)
+        assert whole.abs().max() > 0.1
+        torch.testing.assert_close(patched, whole, rtol=1e-9, atol=1e-9 * float(whole.abs().max()))
+
+
+class Requantizer:
+    """Integers -128..127 out of integer sums, by a multiplier for each layer: element by element, so exactly."""
+
+    def read(self, layer: Layer, source: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def write(self, layer: Layer, tensor: Tensor) -> Tensor:
+        summed = layer.parameter_shapes["weight"][1:] if layer.has_weights else (1,)
+        # about the inverse of what a sum of products of random integers deviates by, times 20
+        return (tensor / (5 * math.sqrt(math.prod(summed)) if layer.has_weights else 1.7)).round().clamp(-128, 127)
+
+
+@pytest.mark.parametrize("patches", [2, 3, 4])
+def test_patches_on_integers_are_equal_bit_for_bit(patches: int, rng: np.random.Generator) -> None:
+    distinct = []
+    for _ in range(15):
+        height, width = (int(side) for side in rng.integers(3 * patches, 23, 2))
+        network = random_stage(rng, height=height, width=width, patches=patches)
+        network = Network(network.input_shape, tuple(replace(layer, norm=False) for layer in network.patch_stage))
+        held = {
+            layer.name: {
+                name: torch.from_numpy(rng.integers(-127, 128, shape).astype(float))
+                for name, shape in layer.parameter_shapes.items()
+            }
+            for layer in network.layers
+        }
+        x = torch.from_numpy(rng.integers(-128, 128, (2, *network.input_shape)).astype(float))
+        whole = execute(network, x, lambda layer: held[layer.name], EVAL, Requantizer())  # noqa: B023
+        patched = execute_in_patches(network, x, lambda layer: held[layer.name], Requantizer())  # noqa: B023
+        assert torch.equal(patched, whole)
+        distinct.append(whole.unique().numel())
+    assert np.median(distinct) > 8 and max(distinct) > 100
+
+
+def test_a_network_without_patches_runs_as_ever(draw) -> None:  # type: ignore[no-untyped-def]
+    x = draw(2, 4, 5, 5)
+    layer = L.conv2d("layer", source(x), 3, kernel=3)
+    held = {"weight": draw(3, 4, 3, 3), "bias": draw(3)}
+    network = Network((4, 5, 5), (layer,))
+    whole = execute(network, x, lambda layer: held, EVAL)
+    assert torch.equal(execute_in_patches(network, x, lambda layer: held), whole)

@@ -156,6 +156,14 @@ def test_what_was_measured_otherwise_or_of_another_space_is_not_used(
         nas.profile(space, load_device("host-cpu"), **settings)
 
 
+def test_a_live_device_measures_networks_that_run_whole(bench: Bench) -> None:
+    space = tiny.space(patches=(1, 2))
+    made = nas.profile(space, load_device("host-cpu"), samples=60, seed=1)
+    check_predictor(space, made, samples=8, seed=2)
+    assert {architecture["patches"] for call in bench.calls for architecture in call} == {1}
+    assert all(len(set(call)) == len(call) for call in bench.calls)
+
+
 def test_too_few_samples_are_refused(bench: Bench) -> None:
     with pytest.raises(ValueError, match="39 samples are too few"):
         nas.profile(tiny.space(), load_device("host-cpu"), samples=39)

@@ -276,3 +276,26 @@ def test_a_float_network_comes_back_folded(family: str, rng: np.random.Generator
     assert quantized.ranges == {} and quantized.simulated.tap is None
     with torch.no_grad():
         assert torch.equal(quantized.simulated(x), quantized.folded(x))
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+def test_the_simulated_integers_are_those_of_patches(padding: str, rng: np.random.Generator) -> None:
+    """In double precision the order of additions moves no sum to another integer."""
+    space = MobileNet(
+        resolutions=(21, 24), depths=(1, 2), kernels=(3, 5), widths=(8, 16), precisions=("int8",), padding=padding,
+        patches=(2, 3, 4), patch_stages=(1, 2),
+    )  # fmt: skip
+    supernet = Supernet(space, seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, tensor in (*supernet.named_parameters(), *supernet.named_buffers()):
+            if "norm" in name:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    for _ in range(6):
+        subnet = supernet.extract(space.sample(rng))
+        x = torch.randn(4, *subnet.network.input_shape, generator=generator)
+        simulated = quantize(subnet, [x], 127).simulated.double()
+        with torch.inference_mode():
+            whole, patched = simulated(x.double()), simulated.in_patches(x.double())
+        assert whole.std() > 0
+        torch.testing.assert_close(patched, whole, rtol=1e-12, atol=1e-12 * float(whole.abs().max()))

@@ -220,6 +220,20 @@ def test_only_precisions_of_all_devices_are_tried(toy: ProfiledDevice) -> None:
         run(evaluator, [minimize("latency_ms", mcu), minimize("latency_ms", phone)])
 
 
+def test_patches_are_tried_only_where_all_devices_run_them(toy: ProfiledDevice) -> None:
+    mcu = load_device("stm32f746")
+    space = tiny.space(patches=(1, 2), precisions=("int8",))
+    for devices, tried in (((mcu,), {1, 2}), ((mcu, toy), {1})):
+        evaluator = tiny.FakeEvaluator(space)
+        run(evaluator, [maximize("accuracy"), *(minimize("latency_ms", device) for device in devices)])
+        assert {architecture["patches"] for architecture, _ in evaluator.asked} == tried
+    always = tiny.FakeEvaluator(tiny.space(patches=(2,), precisions=("int8",)))
+    with pytest.raises(
+        Infeasible, match=r"no architecture is legal on toy, which runs no layers patch by patch: .* 2 pat"
+    ):
+        run(always, [minimize("latency_ms", toy)])
+
+
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
 def test_what_a_device_cannot_run_is_infinite_and_never_on_the_front(sampler: str, tmp_path: Path) -> None:
     """The device runs fp32 and int8 convolutions, but adds no integers: int8 residuals are out."""

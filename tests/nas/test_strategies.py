@@ -364,11 +364,20 @@ def test_short_phases_lose_no_event(steps: int) -> None:
 # architectures -------------------------------------------------------------------------------------------
 
 
-def test_middle_and_unquantized() -> None:
+def test_middle_and_undeployed() -> None:
     half = middle(WIDE)
     assert (half["resolution"], half["stage1.depth"], half["stage1.block0.kernel"]) == (10, 2, 5)
     assert half["stage1.block0.squeeze_excite"] is False  # the lower of two
     drawn = WIDE.sample(np.random.default_rng(0))
-    plain = WIDE.unquantized(drawn)
+    plain = WIDE.undeployed(drawn)
     for choice in WIDE.choices:
         assert plain[choice.name] == (choice.options[0] if choice.role == "precision" else drawn[choice.name])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_training_sees_no_patches(name: str) -> None:
+    space = MobileNet(**MOBILENET | {"patches": (1, 2), "precisions": ("int8",)})
+    strategy = made(name, space, 30)
+    drawn = {a for number in range(30) for one in strategy.step(number).passes for a in one.candidates}
+    drawn |= {middle(space), *nested_set(space, 20, np.random.default_rng(0))}
+    assert {architecture["patches"] for architecture in drawn} == {1}

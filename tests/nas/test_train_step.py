@@ -33,9 +33,9 @@ LARGE, SMALL = SPACE.largest, SPACE.smallest
 OTHERS = [
     SPACE.build(dict(architecture.values) | {"stage1.depth": depth})
     for architecture, depth in (
-        (SPACE.unquantized(SPACE.sample(np.random.default_rng(1))), 1),
-        (SPACE.unquantized(SPACE.sample(np.random.default_rng(2))), 2),
-        (SPACE.unquantized(SPACE.sample(np.random.default_rng(3))), 2),
+        (SPACE.undeployed(SPACE.sample(np.random.default_rng(1))), 1),
+        (SPACE.undeployed(SPACE.sample(np.random.default_rng(2))), 2),
+        (SPACE.undeployed(SPACE.sample(np.random.default_rng(3))), 2),
     )
 ]
 

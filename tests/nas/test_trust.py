@@ -271,7 +271,7 @@ def test_as_many_come_back_as_are_asked_for_where_the_space_has_them(options: di
         for count in (3, 19, 64):
             chosen = spread_over_macs(space, count, np.random.default_rng(seed))
             assert len(set(chosen)) == len(chosen) == min(count, networks)
-            assert all(space.unquantized(architecture) == architecture for architecture in chosen)
+            assert all(space.undeployed(architecture) == architecture for architecture in chosen)
 
 
 def test_a_small_space_has_few_networks_and_too_few_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil
 
 import numpy as np
@@ -225,3 +226,49 @@ def test_layers_are_values() -> None:
     assert len({L.conv2d("c", IMAGE, 4), L.conv2d("c", IMAGE, 4), L.conv2d("c", IMAGE, 4, precision=INT8)}) == 2
     with pytest.raises(AttributeError):
         L.conv2d("c", IMAGE, 4).stride = 2  # type: ignore[misc]
+
+
+def test_a_patch_stage_is_the_first_layers_that_run_in_patches() -> None:
+    image = Port(INPUT, (3, 8, 8))
+    first = L.conv2d("first", image, 4, kernel=3)
+    second = L.conv2d("second", port(first), 4, kernel=3, stride=2)
+    last = L.global_average_pool("last", port(second))
+    stage = tuple(replace(layer, patches=2) for layer in (first, second))
+    assert Network(image.shape, (first, second, last)).patch_stage == ()
+    network = Network(image.shape, (*stage, last))
+    assert network.patch_stage == stage
+    assert network != Network(image.shape, (first, second, last))
+    assert network.macs == Network(image.shape, (first, second, last)).macs
+
+
+def patched(*numbers: int) -> tuple[Layer, ...]:
+    """Two convolutions, their sum and a pool, in these numbers of patches."""
+    first = L.conv2d("first", Port(INPUT, (3, 4, 4)), 4, kernel=3)
+    second = L.conv2d("second", port(first), 4, kernel=3)
+    layers = (first, second, L.add("sum", port(first), port(second)), L.global_average_pool("pool", port(second)))
+    return tuple(replace(layer, patches=number) for layer, number in zip(layers, numbers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((2, 3, 1, 1), "layer 'second' runs in 3 patches a side; expected the first layers"),
+        ((1, 2, 1, 1), "layer 'second' runs in 2 patches a side; expected the first layers"),
+        ((0, 0, 0, 1), "layer 'first' runs in 0 patches a side"),
+        ((2, 2, 2, 2), "layer 'pool' of kind pool has no patches; end the patch stage before"),
+        ((2, 2, 1, 1), r"layers \['sum'\] read what the patch stage does not hand over; it ends with 'second'"),
+        ((5, 5, 5, 1), r"layers \['pool'\] read what the patch stage does not hand over"),
+    ],
+)
+def test_a_patch_stage_that_cannot_run_is_refused(numbers: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InvalidNetwork, match=message):
+        Network((3, 4, 4), patched(*numbers))
+
+
+def test_a_patch_stage_makes_one_map_large_enough() -> None:
+    image = Port(INPUT, (3, 4, 4))
+    dead, used = (replace(L.conv2d(name, image, 2), patches=5) for name in ("dead", "used"))
+    with pytest.raises(InvalidNetwork, match=r"nothing in the patch stage reads \['dead'\]"):
+        Network(image.shape, (dead, used))
+    with pytest.raises(InvalidNetwork, match=r"layer 'used' makes a map of \(4, 4\), too few for 5 patches a side"):
+        Network(image.shape, (used,))

@@ -293,3 +293,70 @@ def test_coupled_lists_may_come_in_any_common_order() -> None:
         MobileNet(depths=(1, 3), expansions=(2, 6), coupled=True).name
     )
     assert "coupled" not in MobileNet().settings
+
+
+# patches
+
+PATCHED = MobileNet(
+    resolutions=(32, 48), widths=(8, 16, 24), width_multipliers=(1,), depths=(1, 2), kernels=(3,), expansions=(1, 2),
+    precisions=("int8",), strides=(1, 2, 2), patches=(1, 2, 4), patch_stages=(1, 3),
+)  # fmt: skip
+
+
+def test_patches_run_up_to_the_first_block_of_a_stage() -> None:
+    one_block = ["stem", "stage1.block0.depthwise", "stage1.block0.project"]
+    three = [*one_block, "stage2.block0.depthwise", "stage2.block0.project", "stage2.block1.depthwise",
+             "stage2.block1.project", "stage2.block1.add", "stage3.block0.depthwise",
+             "stage3.block0.project"]  # fmt: skip
+    for text, patches, names in (
+        ("patches=1,stage2.depth=2,stage3.depth=2", 1, []),
+        ("patches=2,patch_stages=1,stage2.depth=2,stage3.depth=2", 2, one_block),
+        ("patches=4,patch_stages=3,stage2.depth=2,stage3.depth=2", 4, three),
+    ):
+        network = PATCHED.lower(PATCHED.parse(text))
+        assert [layer.name for layer in network.patch_stage] == names
+        assert all(layer.patches == patches for layer in network.patch_stage)
+        whole = PATCHED.lower(PATCHED.unpatched(PATCHED.parse(text)))
+        assert not whole.patch_stage
+        assert (whole.macs, whole.params) == (network.macs, network.params)
+
+
+def test_where_patches_end_is_no_choice_without_patches() -> None:
+    assert PATCHED.parse("patches=1,patch_stages=3") == PATCHED.parse("patches=1")
+    assert PATCHED.parse("patches=2,patch_stages=3") != PATCHED.parse("patches=2")
+    assert {choice.role for choice in PATCHED.choices} >= {"patches", "patch_stages"}
+    plain = MobileNet(**{k: v for k, v in PATCHED.settings.items() if not k.startswith("patch")})  # type: ignore[arg-type]
+    assert PATCHED.size == 5 * plain.size
+    assert PATCHED.undeployed(PATCHED.parse("patches=4,patch_stages=3,stage1.depth=2")) == PATCHED.parse(
+        "stage1.depth=2"
+    )
+    assert PATCHED.largest["patches"] == 1  # training sees no patches
+    always = MobileNet(patches=(2,), patch_stages=(1, 2))
+    assert always.parse("patch_stages=2") != always.smallest
+
+
+def test_a_space_without_patches_is_the_one_it_was() -> None:
+    space = MobileNet()
+    assert space.name == "mobilenet-3a60b517"  # what runs made before there were patches are filed under
+    assert not [name for name in (*space.settings, *(c.name for c in space.choices)) if "patch" in name]
+
+
+def test_by_default_patches_end_wherever_there_is_a_pixel_for_each() -> None:
+    space = MobileNet(resolutions=(16, 32), strides=(1, 2, 2, 2), patches=(1, 4))
+    assert space.settings["patch_stages"] == [1, 2, 3]  # maps of 16, 8, 4 and 2 pixels a side
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"patches": (0, 2)}, "patches = 0: expected a number of at least 1"),
+        ({"patch_stages": (1,)}, r"patch_stages = \(1,\): expected none, as patches = \[1\] runs every layer whole"),
+        ({"patches": (2,), "patch_stages": (5,)}, r"patch_stages = \[5\]: expected stages, from 1, whose map has 2 "),
+        ({"patches": (8,), "patch_stages": (1, 4)}, r"whose map has 8 pixels a side, .*: \[1, 2, 3\]"),
+        ({"patches": (64,)}, r"patches = \[64\]: expected at most 32, the pixels a side of the first stage's map"),
+        ({"patches": (1, 2), "squeeze_excite": (False, True)}, r"squeeze_excite = .*: expected false alone"),
+    ],
+)
+def test_patches_that_make_no_space(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MobileNet(**settings)  # type: ignore[arg-type]

@@ -402,18 +402,18 @@ def test_spaces_beyond_the_largest_float_are_counted_told_and_refused() -> None:
         assert size_text(size) == text
 
 
-def test_unquantized_takes_the_first_precision_and_nothing_else(rng: np.random.Generator) -> None:
+def test_undeployed_takes_the_first_precision_and_nothing_else(rng: np.random.Generator) -> None:
     space = MobileNet(precisions=("int8", "fp32"), depths=(1, 2), widths=(8, 16))
     for _ in range(20):
         drawn = space.sample(rng)
-        plain = space.unquantized(drawn)
+        plain = space.undeployed(drawn)
         assert set(space.lower(plain).precisions.values()) == {"int8"}
         for one in space.choices:
             expected = "int8" if one.role == "precision" else drawn[one.name]
             assert plain[one.name] == expected
-    assert space.unquantized(space.largest) == space.largest
+    assert space.undeployed(space.largest) == space.largest
     with pytest.raises(InvalidArchitecture, match="an architecture of the space"):
-        space.unquantized(MobileNet().largest)
+        space.undeployed(MobileNet().largest)
 
 
 # refusals
