@@ -243,7 +243,7 @@ class AdditiveModel:
     ) -> float:
         """The same for a part of a network, without the constant; `given` and `positions` as in `features_of`."""
         total = 0.0
-        amounts = features_of(layers, given) | (shape_features(layers) if self.prices_shapes else {})
+        amounts = features_of(layers, given, positions) | (shape_features(layers) if self.prices_shapes else {})
         for name, amount in amounts.items():
             coefficient = self.coefficients.get(name)
             if coefficient is not None:

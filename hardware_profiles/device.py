@@ -38,7 +38,7 @@ from hardware_profiles.memory import (
 )
 from hardware_profiles.patches import executed_macs
 from hardware_profiles.vela import ACCELERATORS, estimate
-from search_spaces import KINDS, PRECISIONS, Network
+from search_spaces import KINDS, PRECISIONS, Layer, Network
 
 SHIPPED = Path(__file__).parent / "devices"
 SCHEMA = 1
@@ -153,12 +153,11 @@ class DeviceProfile:
 
     def illegal_layers(self, network: Network) -> tuple[str, ...]:
         """Names of the layers that the device cannot run as they are; nothing is converted silently."""
-        return tuple(
-            layer.name
-            for layer in network.layers
-            if layer.precision.name not in self.precisions.get(layer.kind, ())
-            or (layer.patches > 1 and not self.patches)
-        )
+        return tuple(layer.name for layer in network.layers if not self.is_legal(layer))
+
+    def is_legal(self, layer: Layer) -> bool:
+        """Whether the device has the layer's precision for its kind, and runs patch by patch where the layer does."""
+        return layer.precision.name in self.precisions.get(layer.kind, ()) and (layer.patches == 1 or self.patches)
 
     def macs(self, network: Network) -> int:
         """Multiply-accumulates that the device does in one forward pass: halos of patches that it computes again

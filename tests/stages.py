@@ -22,8 +22,12 @@ def random_stage(rng: np.random.Generator, *, height: int, width: int, patches: 
         what = str(rng.choice(["conv", "depthwise", "pool", "residual"]))
         name, channels = f"layer{index}", tensor.shape[0]
         if min(tensor.shape[1:]) < 2 * patches or what == "residual":
+            shortcut = tensor
+            if rng.random() < 0.5:  # made before the branch that sees more of the map
+                made.append(L.conv2d(f"{name}.shortcut", tensor, channels))
+                shortcut = port(made[-1])
             made.append(L.conv2d(f"{name}.conv", tensor, channels, kernel=3, padding=padding))
-            made.append(L.add(name, port(made[-1]), tensor))
+            made.append(L.add(name, port(made[-1]), shortcut))
         elif what == "pool":
             made.append(L.max_pool(name, tensor, kernel=3, stride=stride))
         else:

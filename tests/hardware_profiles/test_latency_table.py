@@ -71,11 +71,24 @@ def test_what_a_device_cannot_run_or_was_never_measured_is_infinite() -> None:
     assert 0 < np.isfinite(found).sum() < len(found)
 
     device = load_device("stm32h743")
-    legal = LatencyTable(MOBILE, full, precisions=device.precisions).predict(codes).mean_ms
+    legal = LatencyTable(MOBILE, full, is_legal=device.is_legal).predict(codes).mean_ms
     assert np.isinf(legal).tolist() == [bool(device.illegal_layers(network)) for network in networks]
     integers = MOBILE.encode([MOBILE.with_precision(MOBILE.from_codes(row), "int8") for row in codes])
-    legal = LatencyTable(MOBILE, full, precisions=device.precisions).predict(integers).mean_ms
+    legal = LatencyTable(MOBILE, full, is_legal=device.is_legal).predict(integers).mean_ms
     assert np.isfinite(legal).any()
+
+
+def test_what_runs_in_patches_is_predicted_exactly() -> None:
+    space = MobileNet(resolutions=(16,), widths=(8, 16), depths=(1, 2), precisions=("int8",), patches=(1, 2, 3))
+    codes = random_codes(space, 40)
+    networks = [space.lower(space.from_codes(row)) for row in codes]
+    assert 0 < sum(bool(network.patch_stage) for network in networks) < 40
+    model = random_model(space, codes)
+    found = LatencyTable(space, model).predict(codes).mean_ms
+    np.testing.assert_allclose(found, [model.latency_ms(network) for network in networks], rtol=1e-12)
+    for name, able in (("stm32h743", True), ("stm32h743-xcubeai", False)):
+        legal = LatencyTable(space, model, is_legal=load_device(name).is_legal).predict(codes).mean_ms
+        assert np.isinf(legal).tolist() == [bool(network.patch_stage) and not able for network in networks]
 
 
 def test_a_hundred_thousand_architectures_take_a_fraction_of_a_second() -> None:
