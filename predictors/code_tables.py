@@ -121,9 +121,15 @@ class CodeTables:
     def save(self, path: str | Path) -> None:
         """Write it as npz, whole or not at all."""
         stream = io.BytesIO()
-        options = np.array(self.options, dtype=np.int64)
-        about = {"schema": np.array(SCHEMA), "version": np.array(VERSION), "pairs": np.array(self.pairs)}
-        np.savez_compressed(stream, options=options, constant=self.constant, entries=self.entries, **about)
+        np.savez_compressed(
+            stream,
+            schema=np.array(SCHEMA),
+            version=np.array(VERSION),
+            options=np.array(self.options, dtype=np.int64),
+            pairs=np.array(self.pairs),
+            constant=self.constant,
+            entries=self.entries,
+        )
         write_bytes(Path(path), stream.getvalue())
 
     @classmethod
