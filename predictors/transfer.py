@@ -21,7 +21,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ FEWEST_DEVICES = 4  # known devices (groups of them) from which the width of int
 SHIFT = 10.0  # standard deviation of a: any unit of time, any speed
 SLOPES = ((0.1, 0.8), (0.5, 0.2))  # (standard deviation, prior weight)
 MIXES = ((0.0, 1 / 3), (0.5, 1 / 3), (1.0, 1 / 3))
-RESIDUALS = ((0.0, 0.8), (0.05, 0.1), (0.15, 0.1))
+RESIDUALS = ((0.0, 0.8), (0.15, 0.1), (0.3, 0.1))
 NOISES = np.geomspace(0.01, 0.32, 6)  # of the logarithm, alike before seeing data
-NEIGHBOURS = 3  # the mean distance to that many nearest devices is the unit in which likeness is measured
+NEIGHBOURS = 6  # the mean distance to that many nearest devices is the unit in which likeness is measured
 SPREAD_ROWS = 128  # architectures over which the spread of predictions is averaged
 SMALLEST_WEIGHT = 1e-3  # models with less say nothing about the spread
 
@@ -272,35 +272,35 @@ class TransferredPredictor:
         return found
 
 
-def choose_samples(source_ms: np.ndarray, count: int, seed: int, features: np.ndarray | None = None) -> np.ndarray:
-    """Rows (count,) of `source_ms` (n, S) to measure on a new device: each the one that is least known so far.
+def choose_samples(source_ms: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Rows (count,) of `source_ms` (n, S) to measure on a new device: half are informative, half are random.
 
-    What is known is judged by a Gaussian process over the architectures in which known devices are drawn like the new
-    one, and features (n, d), if any, add a little. The most uncertain next (arXiv 0912.3995 calls it
-    maximal information gain) is the greedy D-optimal design. The seed decides between equals only.
+    The first half is chosen one by one, each the architecture that is least known so far, judged by a Gaussian process
+    in which the new device is drawn like the known ones (the greedy maximal information gain of arXiv 0912.3995). Those
+    are extreme architectures, on which a device unlike all known ones is extreme, too: the random half keeps it honest.
+
+    Raises ValueError when there are fewer than `count` architectures.
     """
     source_ms = np.asarray(source_ms, float)
     _check_sources(source_ms)
     if not 0 < count <= len(source_ms):
         raise ValueError(f"expected between 1 and {len(source_ms)} samples, got {count}")
-    order = np.random.default_rng(seed).permutation(len(source_ms))
-    logs = np.log(source_ms[order])
-    columns = [np.full((len(order), 1), SHIFT), (logs - logs.mean(axis=0)) / np.sqrt(logs.shape[1])]
-    if features is not None:
-        described = np.asarray(features, float)[order]
-        columns.append((described - described.mean(axis=0)) / _scale(described) * RESIDUALS[1][0])
-    left = np.hstack(columns)  # what of each architecture is not explained by those chosen
+    rng = np.random.default_rng(seed)
+    logs = np.log(source_ms)
+    deviations = (logs - logs.mean(axis=0)) / np.sqrt(logs.shape[1])
+    unexplained = np.column_stack([np.full(len(logs), SHIFT), deviations])  # (n, S + 1), by those chosen so far
     noise = float(np.median(NOISES)) ** 2
     chosen: list[int] = []
-    for _ in range(count):
-        variance = (left**2).sum(axis=1)
+    for _ in range(ceil(count / 2)):
+        variance = (unexplained**2).sum(axis=1)
         variance[chosen] = -1.0
         row = int(np.argmax(variance))
         chosen.append(row)
-        direction = left[row] / np.sqrt(variance[row])
-        shrink = 1 - np.sqrt(noise / (variance[row] + noise))
-        left = left - np.outer(left @ direction, direction) * shrink
-    return order[chosen]
+        direction = unexplained[row] / np.sqrt(variance[row])
+        left = np.sqrt(noise / (variance[row] + noise))
+        unexplained = unexplained - np.outer(unexplained @ direction, direction) * (1 - left)
+    others = np.setdiff1d(np.arange(len(logs)), chosen)
+    return np.concatenate([np.array(chosen), rng.choice(others, count - len(chosen), replace=False)])
 
 
 # the average over models ---------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def _grid(devices: int, features: int) -> _Models:
     residuals = RESIDUALS if features else RESIDUALS[:1]
     points = list(product([(s, 1.0) for s in range(devices)], SLOPES, mixes, residuals))
     centre, slope, mix, residual = (np.array([point[part][0] for point in points]) for part in range(4))
-    prior = np.array([np.prod([weight for _, weight in point]) for point in points])
+    prior = np.array([prod(weight for _, weight in point) for point in points])
     return _Models(centre.astype(int), slope, mix, residual, np.log(prior))
 
 

@@ -17,7 +17,8 @@ the latencies of the new device, which nobody knows before measuring: here they 
 
 Methods:
     ours                  `choose_samples` from a random half of the pool, then `TransferredPredictor`; known devices
-                          are known for the whole table, as smooth tables over the codes (`CodeTables`)
+                          are known for the whole table, as smooth tables over the codes (`CodeTables`), MACs where
+                          there are any are one more of them, and the codes are the features
     ours_random_samples   the same with samples drawn at random
     ours_strict           `ours` without the other batch sizes of the same machine among the known devices
                           (columns that differ in a last _1, _2, _4, ... _1024); only where there are any
@@ -56,7 +57,6 @@ POOL, QUERIES = 900, 1000
 FEWEST_QUERIES = 40
 MOST_OPTIONS = 32  # a numeric column with more distinct values is cut into bins
 BINS = 16
-FEATURES_FROM = 20  # samples above which the codes help beside the known devices
 NOT_DEVICES = re.compile(r"(^|_)(i?dx|index|id|macs|flops|params|std|acc|accuracy|unnamed)(_|$|:)", re.IGNORECASE)
 MACS = re.compile(r"(^|_)(macs|flops)(_|$)", re.IGNORECASE)
 BATCH_SIZE = re.compile(r"_(1|2|4|8|16|32|64|128|256|512|1024)$")
@@ -80,6 +80,26 @@ class Table:
     @cached_property
     def machines(self) -> tuple[str, ...]:
         return tuple(BATCH_SIZE.sub("", name) for name in self.devices)
+
+    @property
+    def macs_are_known(self) -> bool:
+        """Whether MACs can stand beside the known devices: each is there and positive."""
+        return self.macs is not None and bool((self.macs > 0).all())
+
+    @cached_property
+    def measured(self) -> np.ndarray:
+        """Latencies, and a last column that says MACs are no measurements: (n, D + 1)."""
+        return np.column_stack([self.latency_ms, np.full(len(self.codes), np.nan)])
+
+    @cached_property
+    def log_known(self) -> np.ndarray:
+        """Logarithms of what tables are fitted on: latencies and, where known, MACs."""
+        known = (
+            [self.latency_ms, self.macs[:, None]]
+            if self.macs is not None and self.macs_are_known
+            else [self.latency_ms]
+        )
+        return np.log(np.hstack(known))
 
 
 @dataclass(frozen=True)
@@ -123,22 +143,21 @@ Answer = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # ranking number, mil
 def transferred(task: Task, known: CodeTables, columns: np.ndarray, chosen: bool) -> Answer:
     """Latencies of the queries by `TransferredPredictor`, the devices in `columns` being known as `known`."""
     pool, queries, codes = task.split.pool, task.split.queries, task.table.codes
-    source_ms = np.exp(known.log_ms(codes[pool]))[:, columns]
+    inputs = np.append(columns, len(task.table.devices)) if task.table.macs_are_known else columns
+    source_ms = np.exp(known.log_ms(codes[pool]))[:, inputs]
     positions = task.random_samples
     if chosen:
         half = np.random.default_rng(task.seed).permutation(len(pool))[: max(len(pool) // 2, task.samples)]
         positions = half[choose_samples(source_ms[half], task.samples, task.seed)]
-    use_features = task.samples >= FEATURES_FROM
     predictor = TransferredPredictor().fit(
         source_ms,
         positions,
         task.measured(positions),
-        features=known.encode(codes[pool]) if use_features else None,
-        groups=[task.table.machines[column] for column in columns],
-        measured_ms=task.table.latency_ms[np.ix_(pool, columns)],
+        features=known.encode(codes[pool]),
+        groups=[(*task.table.machines, "macs")[column] for column in inputs],
+        measured_ms=task.table.measured[np.ix_(pool, inputs)],
     )
-    asked_ms = np.exp(known.log_ms(codes[queries]))[:, columns]
-    found = predictor.predict(asked_ms, known.encode(codes[queries]) if use_features else None)
+    found = predictor.predict(np.exp(known.log_ms(codes[queries]))[:, inputs], known.encode(codes[queries]))
     actual = task.table.latency_ms[queries, task.target]
     return found.mean_ms, found.mean_ms, (found.low_ms <= actual) & (actual <= found.high_ms)
 
@@ -250,7 +269,7 @@ def rounding_ceiling(smooth: np.ndarray, step: float) -> float:
 
 def run(table: Table, sources: Sequence[str], targets: Sequence[str], samples: int, draws: int) -> dict[str, Any]:
     """Scores of all methods for each target, the known devices being the sources other than it."""
-    whole = CodeTables.fit(table.codes, np.log(table.latency_ms), table.options)
+    whole = CodeTables.fit(table.codes, table.log_known, table.options)
     on_pool: dict[bytes, CodeTables] = {}
     scores: dict[str, dict[str, list[dict[str, float]]]] = {}
     told: dict[str, dict[str, Any]] = {}
@@ -295,7 +314,7 @@ def run(table: Table, sources: Sequence[str], targets: Sequence[str], samples: i
 
 def known_on(table: Table, pool: np.ndarray, whole: CodeTables) -> CodeTables:
     """Tables of all devices fitted on the pool; of a device with hardly any measurement there, those of the whole."""
-    logs = np.log(table.latency_ms[pool])
+    logs = table.log_known[pool]
     few = np.isfinite(logs).sum(axis=0) < 20
     logs[:, few] = whole.log_ms(table.codes[pool])[:, few]
     return CodeTables.fit(table.codes[pool], logs, table.options)
