@@ -39,11 +39,11 @@ FEWEST_SAMPLES = 4
 FEWEST_DEVICES = 4  # known devices (groups of them) from which the width of intervals can be learned
 SHIFT = 10.0  # standard deviation of a: any unit of time, any speed
 SLOPES = ((0.1, 0.8), (0.5, 0.2))  # (standard deviation, prior weight)
-MIXES = ((0.0, 1 / 3), (0.5, 1 / 3), (1.0, 1 / 3))
-RESIDUALS = ((0.0, 0.8), (0.15, 0.1), (0.3, 0.1))
+MIXES = ((0.0, 0.5), (0.7, 0.5))
+RESIDUALS = ((0.0, 0.8), (0.2, 0.2))
 NOISES = np.geomspace(0.01, 0.32, 6)  # of the logarithm, alike before seeing data
 NEIGHBOURS = 6  # the mean distance to that many nearest devices is the unit in which likeness is measured
-SPREAD_ROWS = 128  # architectures over which the spread of predictions is averaged
+SPREAD_ROWS = 64  # architectures over which the spread of predictions is averaged
 SMALLEST_WEIGHT = 1e-3  # models with less say nothing about the spread
 
 
@@ -331,7 +331,8 @@ def _likeness(devices: np.ndarray) -> np.ndarray:
     count = devices.shape[1]
     if count == 1:
         return np.zeros((1, 1))
-    distance = ((devices[:, :, None] - devices[:, None, :]) ** 2).mean(axis=0)
+    products = devices.T @ devices / len(devices)
+    distance = np.maximum(np.diag(products)[:, None] + np.diag(products) - 2 * products, 0.0)
     near = np.sort(distance, axis=1)[:, 1 : 1 + NEIGHBOURS].mean(axis=1)
     weights = np.exp(-distance / np.maximum(2 * near, 1e-12)[:, None])
     np.fill_diagonal(weights, 0.0)
@@ -454,19 +455,20 @@ def _spread(
 
 
 def _pretended(known: _Known, chosen: np.ndarray, log_measured: np.ndarray, groups: Sequence[str]) -> list[np.ndarray]:
-    """For each known device in the place of the new one: |error| / spread of every architecture measured on it."""
+    """With the first device of each group in the place of the new one: |error| / spread of what was measured on it."""
     if len(set(groups)) < FEWEST_DEVICES:
         return []
     rest = np.setdiff1d(np.arange(len(known.devices)), chosen)
     ratios = []
-    for s, group in enumerate(groups):
+    for group in dict.fromkeys(groups):
+        s = groups.index(group)
         usable = chosen[np.isfinite(log_measured[chosen, s])]
         asked = rest[np.isfinite(log_measured[rest, s])]
         if len(usable) < FEWEST_SAMPLES or not len(asked):
             continue
         others = _Known(known.devices[:, [other != group for other in groups]], known.features)
         average = _fit(others, usable, log_measured[usable, s])
-        ratios.append(np.abs(log_measured[asked, s] - average.log_ms(others.rows(asked))) / average.spread)
+        ratios.append(np.abs(log_measured[asked, s] - average.log_ms(others)[asked]) / average.spread)
     return ratios if len(ratios) >= FEWEST_DEVICES else []
 
 

@@ -81,25 +81,14 @@ class Table:
     def machines(self) -> tuple[str, ...]:
         return tuple(BATCH_SIZE.sub("", name) for name in self.devices)
 
+    def beside(self, known: CodeTables, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """What is known of architectures (rows,) beside a new device: tables of other devices, and MACs if positive."""
+        latency = np.exp(known.log_ms(self.codes[rows]))[:, columns]
+        return latency if self.usable_macs is None else np.column_stack([latency, self.usable_macs[rows]])
+
     @property
-    def macs_are_known(self) -> bool:
-        """Whether MACs can stand beside the known devices: each is there and positive."""
-        return self.macs is not None and bool((self.macs > 0).all())
-
-    @cached_property
-    def measured(self) -> np.ndarray:
-        """Latencies, and a last column that says MACs are no measurements: (n, D + 1)."""
-        return np.column_stack([self.latency_ms, np.full(len(self.codes), np.nan)])
-
-    @cached_property
-    def log_known(self) -> np.ndarray:
-        """Logarithms of what tables are fitted on: latencies and, where known, MACs."""
-        known = (
-            [self.latency_ms, self.macs[:, None]]
-            if self.macs is not None and self.macs_are_known
-            else [self.latency_ms]
-        )
-        return np.log(np.hstack(known))
+    def usable_macs(self) -> np.ndarray | None:
+        return self.macs if self.macs is not None and (self.macs > 0).all() else None
 
 
 @dataclass(frozen=True)
@@ -142,22 +131,24 @@ Answer = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # ranking number, mil
 
 def transferred(task: Task, known: CodeTables, columns: np.ndarray, chosen: bool) -> Answer:
     """Latencies of the queries by `TransferredPredictor`, the devices in `columns` being known as `known`."""
-    pool, queries, codes = task.split.pool, task.split.queries, task.table.codes
-    inputs = np.append(columns, len(task.table.devices)) if task.table.macs_are_known else columns
-    source_ms = np.exp(known.log_ms(codes[pool]))[:, inputs]
+    table, pool, queries = task.table, task.split.pool, task.split.queries
+    source_ms, measured_ms = table.beside(known, columns, pool), table.latency_ms[np.ix_(pool, columns)]
     positions = task.random_samples
     if chosen:
         half = np.random.default_rng(task.seed).permutation(len(pool))[: max(len(pool) // 2, task.samples)]
         positions = half[choose_samples(source_ms[half], task.samples, task.seed)]
+    machines = [table.machines[column] for column in columns]
+    if table.usable_macs is not None:  # no device to learn from how far off predictions are
+        measured_ms, machines = np.column_stack([measured_ms, np.full(len(pool), np.nan)]), [*machines, "macs"]
     predictor = TransferredPredictor().fit(
         source_ms,
         positions,
         task.measured(positions),
-        features=known.encode(codes[pool]),
-        groups=[(*task.table.machines, "macs")[column] for column in inputs],
-        measured_ms=task.table.measured[np.ix_(pool, inputs)],
+        features=known.encode(table.codes[pool]),
+        groups=machines,
+        measured_ms=measured_ms,
     )
-    found = predictor.predict(np.exp(known.log_ms(codes[queries]))[:, inputs], known.encode(codes[queries]))
+    found = predictor.predict(table.beside(known, columns, queries), known.encode(table.codes[queries]))
     actual = task.table.latency_ms[queries, task.target]
     return found.mean_ms, found.mean_ms, (found.low_ms <= actual) & (actual <= found.high_ms)
 
@@ -269,7 +260,7 @@ def rounding_ceiling(smooth: np.ndarray, step: float) -> float:
 
 def run(table: Table, sources: Sequence[str], targets: Sequence[str], samples: int, draws: int) -> dict[str, Any]:
     """Scores of all methods for each target, the known devices being the sources other than it."""
-    whole = CodeTables.fit(table.codes, table.log_known, table.options)
+    whole = CodeTables.fit(table.codes, np.log(table.latency_ms), table.options)
     on_pool: dict[bytes, CodeTables] = {}
     scores: dict[str, dict[str, list[dict[str, float]]]] = {}
     told: dict[str, dict[str, Any]] = {}
@@ -314,7 +305,7 @@ def run(table: Table, sources: Sequence[str], targets: Sequence[str], samples: i
 
 def known_on(table: Table, pool: np.ndarray, whole: CodeTables) -> CodeTables:
     """Tables of all devices fitted on the pool; of a device with hardly any measurement there, those of the whole."""
-    logs = table.log_known[pool]
+    logs = np.log(table.latency_ms[pool])
     few = np.isfinite(logs).sum(axis=0) < 20
     logs[:, few] = whole.log_ms(table.codes[pool])[:, few]
     return CodeTables.fit(table.codes[pool], logs, table.options)
