@@ -1,0 +1,108 @@
+"""Tables over codes: against sums written as loops, scikit-learn's ridge, and the clock."""
+
+from __future__ import annotations
+
+import time
+from itertools import combinations, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import RidgeCV
+
+from predictors import CodeTables
+from predictors.code_tables import PAIR_SCALE, RIDGES
+
+
+def test_looks_up_what_a_loop_adds_up(rng: np.random.Generator) -> None:
+    options = (2, 3, 4)
+    entries = rng.normal(size=(2 + 3 + 4 + 6 + 8 + 12, 2))
+    tables = CodeTables(options, True, np.array([0.5, -1.0]), entries)
+    codes = np.array(list(product(*map(range, options))))
+    for row, found in zip(codes, tables.log_ms(codes), strict=True):
+        total, start = tables.constant.copy(), 0
+        for i, size in enumerate(options):
+            total = total + entries[start + row[i]]
+            start += size
+        for i, j in combinations(range(3), 2):
+            total = total + PAIR_SCALE * entries[start + row[i] * options[j] + row[j]]
+            start += options[i] * options[j]
+        np.testing.assert_allclose(found, total, rtol=1e-12)
+    np.testing.assert_allclose(tables.encode(codes) @ entries + tables.constant, tables.log_ms(codes))
+
+
+def test_fits_as_the_ridge_of_scikit_learn(rng: np.random.Generator) -> None:
+    codes = rng.integers(0, 3, size=(120, 4))
+    logs = rng.normal(size=(3, 4))[codes, np.arange(4)].sum(axis=1) + 0.3 * rng.normal(size=120) + 2
+    tables = CodeTables.fit(codes, np.column_stack([logs, rng.normal(size=120)]))
+    one_hot = np.hstack([codes[:, [i]] == np.arange(3) for i in range(4)]).astype(float)
+    pairs = [codes[:, [i]] * 3 + codes[:, [j]] == np.arange(9) for i, j in combinations(range(4), 2)]
+    inputs = np.hstack([one_hot, 0.5 * np.hstack(pairs).astype(float)])
+    oracle = RidgeCV(alphas=RIDGES).fit(inputs, logs)
+    assert tables.pairs
+    np.testing.assert_allclose(tables.log_ms(codes)[:, 0], oracle.predict(inputs), atol=1e-6)
+
+
+def test_a_missing_measurement_is_a_row_left_out(rng: np.random.Generator) -> None:
+    codes = rng.integers(0, 3, size=(60, 3))
+    logs = rng.normal(size=(60, 2))
+    logs[40:, 1] = np.nan
+    both, alone = CodeTables.fit(codes, logs), CodeTables.fit(codes[:40], logs[:40, 1:], options=(3, 3, 3))
+    assert not both.pairs  # 27 entries of pairs, 40 measurements
+    np.testing.assert_allclose(both.log_ms(codes)[:, 1], alone.log_ms(codes)[:, 0])
+
+
+def test_combines_devices(rng: np.random.Generator) -> None:
+    codes = rng.integers(0, 4, size=(300, 3))
+    tables = CodeTables.fit(codes, rng.normal(size=(300, 3)))
+    more = rng.normal(size=len(tables.entries))
+    combined = tables.combined(np.array([0.5, -2.0, 1.0]), 0.25, more)
+    expected = tables.log_ms(codes) @ [0.5, -2.0, 1.0] + 0.25 + tables.encode(codes) @ more
+    np.testing.assert_allclose(combined.log_ms(codes)[:, 0], expected)
+
+
+@pytest.mark.parametrize(("choices", "pairs"), [(6, True), (22, False)])
+def test_a_million_architectures_in_a_second(rng: np.random.Generator, choices: int, pairs: bool) -> None:
+    options = (5,) * choices
+    width = 5 * choices + 25 * (choices * (choices - 1) // 2 if pairs else 0)
+    tables = CodeTables(options, pairs, np.zeros(1), rng.normal(size=(width, 1)))
+    codes = rng.integers(0, 5, size=(1_000_000, choices))
+    start = time.process_time()
+    tables.log_ms(codes)
+    assert time.process_time() - start < 1.0
+
+
+def test_saves_and_loads(rng: np.random.Generator, tmp_path: Path) -> None:
+    codes = rng.integers(0, 3, size=(90, 3))
+    tables = CodeTables.fit(codes, rng.normal(size=(90, 2)))
+    tables.save(tmp_path / "tables.npz")
+    loaded = CodeTables.load(tmp_path / "tables.npz")
+    assert loaded.options == tables.options
+    assert np.array_equal(loaded.log_ms(codes), tables.log_ms(codes))
+
+
+def test_refuses_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "tables.npz"
+    path.write_text("no")
+    with pytest.raises(ValueError, match="holds no tables"):
+        CodeTables.load(path)
+    np.savez(path, schema="fitnest.code_tables", version=99)
+    with pytest.raises(ValueError, match="version is 99, this program reads 1"):
+        CodeTables.load(path)
+    np.savez(path, schema="other")
+    with pytest.raises(ValueError, match="schema is 'other'"):
+        CodeTables.load(path)
+    np.savez(path, a=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="holds no tables"):
+        CodeTables.load(path)
+
+
+def test_refuses_codes_out_of_range(rng: np.random.Generator) -> None:
+    codes = rng.integers(0, 3, size=(30, 3))
+    tables = CodeTables.fit(codes, rng.normal(size=(30, 1)), options=(3, 3, 3))
+    with pytest.raises(ValueError, match=r"expected codes below \(3, 3, 3\), got up to \(3, 0, 0\)"):
+        tables.log_ms(np.array([[3, 0, 0]]))
+    with pytest.raises(ValueError, match=r"shape \(n, 3\)"):
+        tables.log_ms(np.array([[0, 0]]))
+    with pytest.raises(ValueError, match="at least 3 measurements"):
+        CodeTables.fit(codes, np.full((30, 1), np.nan))

@@ -1,0 +1,213 @@
+"""Transfer to a new device: against the same averages written as loops with scipy's densities."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import multivariate_normal
+
+from predictors import CodeTables, NotFitted, TransferredPredictor, choose_samples
+
+CODES = np.array(list(product(range(3), repeat=4)))  # 81 architectures
+
+
+def devices(rng: np.random.Generator, count: int, noise: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
+    """Latencies (81, count) of devices that share structure: without noise, and measured."""
+    shared, own = rng.uniform(0, 0.6, size=(3, 4, 2)), rng.uniform(0, 0.1, size=(3, 4, count))
+    tables = shared @ rng.dirichlet([1, 1], size=count).T + own
+    logs = tables[CODES, np.arange(4)].sum(axis=1) + rng.uniform(-1, 3, size=count)
+    return np.exp(logs), np.exp(logs + noise * rng.normal(size=logs.shape))
+
+
+def oracle(devices: np.ndarray, features: np.ndarray, chosen: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
+    """The averaged prediction (n,) of log-latencies, model by model."""
+    z = np.log(devices) - np.log(devices).mean(axis=0)
+    f = (features - features.mean(axis=0)) / features.std(axis=0) / np.sqrt(features.shape[1])
+    count = z.shape[1]
+    total, weights = np.zeros(len(z)), 0.0
+    for s, (slope, p), mix, (residual, q), noise in product(
+        range(count), [(0.1, 0.8), (0.5, 0.2)], (0.0, 0.7), [(0.0, 0.8), (0.2, 0.2)], np.geomspace(0.01, 0.32, 6)
+    ):
+        squared = np.array([np.mean((z[:, t] - z[:, s]) ** 2) for t in range(count)])
+        unit = np.sort(squared)[1:7].mean()
+        like = np.array([0.0 if t == s else np.exp(-squared[t] / (2 * unit)) for t in range(count)])
+        like /= like.sum()
+        kernel = 100.0 + slope**2 * np.outer(z[:, s], z[:, s]) + residual**2 * f @ f.T
+        for t in range(count):
+            kernel += mix**2 * like[t] * np.outer(z[:, t] - z[:, s], z[:, t] - z[:, s])
+        covariance = kernel[np.ix_(chosen, chosen)] + noise**2 * np.eye(len(chosen))
+        weight = p * q * multivariate_normal(z[chosen, s], covariance).pdf(log_ms)
+        mean = z[:, s] + kernel[:, chosen] @ np.linalg.solve(covariance, log_ms - z[chosen, s])
+        total, weights = total + weight * mean, weights + weight
+    return total / weights
+
+
+def test_predicts_the_average_over_all_models(rng: np.random.Generator) -> None:
+    known, measured = devices(rng, 5)
+    features = rng.normal(size=(81, 3))
+    chosen = rng.choice(81, 7, replace=False)
+    predictor = TransferredPredictor().fit(known[:, :4], chosen, measured[chosen, 4], features=features)
+    expected = oracle(known[:, :4], features, chosen, np.log(measured[chosen, 4]))
+    np.testing.assert_allclose(np.log(predictor.predict(known[:, :4], features).mean_ms), expected, atol=1e-5)
+
+
+def test_left_out_errors_are_those_of_fitting_again(rng: np.random.Generator) -> None:
+    known, measured = devices(rng, 4, noise=0.1)
+    features = rng.normal(size=(81, 2))
+    chosen = rng.choice(81, 6, replace=False)
+    predictor = TransferredPredictor().fit(known[:, :3], chosen, measured[chosen, 3], features=features)
+    logs = np.log(measured[chosen, 3])
+    again = [oracle(known[:, :3], features, np.delete(chosen, i), np.delete(logs, i))[chosen[i]] for i in range(6)]
+    report = predictor.report()
+    assert report["left_out"]["mape"] == pytest.approx(np.abs(np.exp(again - logs) - 1).mean(), rel=1e-3)
+    assert report["samples"] == 6 and report["interval_learned_on"] == "the samples"
+    widest = np.abs(again - logs).max()  # six residuals are too few for 90 %
+    np.testing.assert_allclose(report["interval"], [np.expm1(-widest), np.expm1(widest)], rtol=1e-3)
+
+
+def test_a_copy_of_a_known_device_is_recognised(rng: np.random.Generator) -> None:
+    known, _ = devices(rng, 8)
+    target = 3.7 * known[:, 2]
+    chosen = choose_samples(known, 8, seed=1)
+    predictor = TransferredPredictor().fit(known, chosen, target[chosen], names=[f"d{i}" for i in range(8)])
+    np.testing.assert_allclose(predictor.predict(known).mean_ms, target, rtol=0.01)
+    sources = predictor.report()["sources"]
+    assert max(sources, key=sources.__getitem__) == "d2"
+
+
+def test_a_unit_of_time_changes_nothing(rng: np.random.Generator) -> None:
+    known, measured = devices(rng, 6)
+    chosen = np.arange(0, 80, 8)
+    slow = TransferredPredictor().fit(known[:, :5], chosen, measured[chosen, 5]).predict(known[:, :5])
+    fast = TransferredPredictor().fit(known[:, :5] * 9, chosen, measured[chosen, 5] / 1e3).predict(known[:, :5] * 9)
+    np.testing.assert_allclose(fast.mean_ms * 1e3, slow.mean_ms, rtol=1e-4)
+
+
+def test_intervals_cover_measurements_of_a_new_device(rng: np.random.Generator) -> None:
+    inside, widths = [], []
+    for _ in range(12):
+        known, measured = devices(rng, 8, noise=0.05)
+        chosen = rng.choice(81, 10, replace=False)
+        predictor = TransferredPredictor().fit(
+            known[:, :7], chosen, measured[chosen, 7], measured_ms=measured[:, :7], groups=list("abcdefg")
+        )
+        assert predictor.report()["interval_learned_on"] == 7
+        rest = np.setdiff1d(np.arange(81), chosen)
+        found = predictor.predict(known[rest, :7])
+        inside.append(((found.low_ms <= measured[rest, 7]) & (measured[rest, 7] <= found.high_ms)).mean())
+        widths.append(np.log(found.high_ms / found.low_ms).mean() / 2)
+    assert 0.82 < np.mean(inside) < 0.97
+    assert np.mean(widths) < 0.2  # 1.64 standard deviations of the noise alone are 0.08
+
+
+def test_devices_of_one_machine_do_not_vouch_for_each_other(rng: np.random.Generator) -> None:
+    known, measured = devices(rng, 6, noise=0.0)
+    twins = np.column_stack([known[:, :5], known[:, :5] * 2])  # each device twice
+    chosen = np.arange(0, 80, 8)
+    apart = TransferredPredictor().fit(twins, chosen, measured[chosen, 5], groups=list("abcdeabcde")).report()
+    together = TransferredPredictor().fit(twins, chosen, measured[chosen, 5]).report()
+    assert apart["interval_learned_on"] == 5 and together["interval_learned_on"] == 10
+    assert apart["interval"][1] > 2 * together["interval"][1]
+
+
+def test_tables_say_what_the_predictor_says(rng: np.random.Generator) -> None:
+    known, measured = devices(rng, 6)
+    tables = CodeTables.fit(CODES, np.log(known[:, :5]))
+    source_ms, features = np.exp(tables.log_ms(CODES)), tables.encode(CODES)
+    chosen = np.arange(0, 80, 5)
+    for more in (None, features):
+        predictor = TransferredPredictor().fit(source_ms, chosen, measured[chosen, 5], features=more)
+        expected = predictor.predict(source_ms, more).mean_ms
+        np.testing.assert_allclose(np.exp(predictor.tables(tables).log_ms(CODES)[:, 0]), expected, rtol=1e-9)
+    with pytest.raises(ValueError, match="expected tables of 5 devices"):
+        predictor.tables(CodeTables.fit(CODES, np.log(known[:, :4])))
+
+
+def test_the_first_half_of_the_samples_is_the_least_known(rng: np.random.Generator) -> None:
+    known, _ = devices(rng, 4)
+    z = np.log(known) - np.log(known).mean(axis=0)
+    kernel = 100 + z @ z.T / 4
+    noise = float(np.median(np.geomspace(0.01, 0.32, 6))) ** 2
+    expected: list[int] = []
+    for _ in range(5):
+        part = kernel[np.ix_(expected, expected)] + noise * np.eye(len(expected))
+        explained = np.einsum("ij,jk,ik->i", kernel[:, expected], np.linalg.inv(part), kernel[:, expected])
+        left = np.diag(kernel) - explained
+        left[expected] = -1
+        expected.append(int(np.argmax(left)))
+    chosen = choose_samples(known, 10, seed=3)
+    assert chosen[:5].tolist() == expected
+    assert len(set(chosen.tolist())) == 10
+    assert np.array_equal(chosen, choose_samples(known, 10, seed=3))
+    assert not np.array_equal(chosen[5:], choose_samples(known, 10, seed=4)[5:])
+
+
+def test_saves_and_loads(rng: np.random.Generator, tmp_path: Path) -> None:
+    known, measured = devices(rng, 6)
+    chosen, features = np.arange(0, 80, 8), rng.normal(size=(81, 2))
+    predictor = TransferredPredictor().fit(
+        known[:, :5], chosen, measured[chosen, 5], features=features, provenance={"device": "mine"}
+    )
+    predictor.save(tmp_path / "mine.json")
+    loaded = TransferredPredictor.load(tmp_path / "mine.json")
+    assert loaded.report() == predictor.report() and loaded.provenance == {"device": "mine"}
+    for name in ("mean_ms", "low_ms", "high_ms"):
+        found, expected = (getattr(p.predict(known[:, :5], features), name) for p in (loaded, predictor))
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": "fitnest.latency_predictor"}, "not a saved transferred predictor"),
+        ({"version": 0}, "version 0, this program reads 1"),
+        ({"coefficients": [1.0]}, "damaged transferred predictor"),
+        ({"half_width": None}, "damaged transferred predictor"),
+    ],
+)
+def test_refuses_other_files(rng: np.random.Generator, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    known, measured = devices(rng, 3)
+    path = tmp_path / "mine.json"
+    TransferredPredictor().fit(known[:, :2], np.arange(5), measured[:5, 2]).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=said):
+        TransferredPredictor.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        TransferredPredictor.load(path)
+
+
+def test_one_known_device_is_enough(rng: np.random.Generator) -> None:
+    known, _ = devices(rng, 1)
+    chosen = np.arange(0, 80, 8)
+    predictor = TransferredPredictor().fit(known, chosen, 2 * known[chosen, 0])
+    np.testing.assert_allclose(predictor.predict(known).mean_ms, 2 * known[:, 0], rtol=0.01)
+
+
+def test_says_what_is_wrong(rng: np.random.Generator) -> None:
+    known, measured = devices(rng, 3)
+    with pytest.raises(NotFitted, match="call fit"):
+        TransferredPredictor().predict(known)
+    wrong: list[tuple[Any, Any, str]] = [
+        ([0, 1, 2], [1, 1, 1], "at least 4 distinct samples"),
+        ([0, 1, 2, 2, 3], [1] * 5, "distinct samples"),
+        ([0, 1, 2, 81], [1] * 4, "rows 0 to 80"),
+        ([0, 1, 2, 3], [1] * 3, "one latency for each of 4"),
+        ([0, 1, 2, 3], [1, 1, 1, 0], "positive latencies in ms"),
+        ([0.5, 1, 2, 3], [1] * 4, "rows that were measured"),
+    ]
+    for chosen, latency, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            TransferredPredictor().fit(known, np.array(chosen), latency)
+    with pytest.raises(ValueError, match="positive latencies of the known devices"):
+        TransferredPredictor().fit(-known, np.arange(4), measured[:4, 0])
+    predictor = TransferredPredictor().fit(known, np.arange(4), measured[:4, 0])
+    with pytest.raises(ValueError, match=r"source_ms of shape \(81, 3\)"):
+        predictor.predict(known[:, :2])
+    with pytest.raises(ValueError, match="between 1 and 81 samples"):
+        choose_samples(known, 82, seed=0)
