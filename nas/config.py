@@ -17,7 +17,7 @@ import yaml
 
 from nas import coreset as coresets
 from nas.costs import Limit, Objective, check_confidence, check_objectives, parse_limit, parse_objective
-from nas.profile import FEWEST_SAMPLES
+from nas.profile import FEWEST_SAMPLES, FEWEST_WITH_HELP
 from nas.search import SearchSettings
 from nas.train_settings import TrainSettings
 from search_spaces import FAMILIES
@@ -61,8 +61,11 @@ class DeviceSettings:
     error: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.samples < FEWEST_SAMPLES:
-            raise BadExperiment(f"{self.name}: samples = {self.samples}; expected {FEWEST_SAMPLES} or more")
+        if self.samples < FEWEST_WITH_HELP:
+            raise BadExperiment(
+                f"{self.name}: samples = {self.samples}; expected {FEWEST_WITH_HELP} or more "
+                f"(about ten, with the help of known devices; {FEWEST_SAMPLES} for a fit of its own)"
+            )
         if not 0 <= self.error < 1:
             raise BadExperiment(f"{self.name}: error = {self.error}; expected a share such as 0.05, or 0 to spend all")
 

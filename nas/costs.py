@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from hardware_profiles import DeviceProfile, Prediction, UnsupportedLayer
-from predictors import LatencyPredictor
+from predictors import LatencyPredictor, NewDevicePredictor
 from search_spaces import Network
 
 Origin = Literal["measured", "simulated", "predicted", "exact"]
@@ -88,7 +88,7 @@ class ProfiledDevice:
     """A device, and the latency predictor fitted for it where its profile does not ship one."""
 
     profile: DeviceProfile
-    predictor: LatencyPredictor | None = None
+    predictor: LatencyPredictor | NewDevicePredictor | None = None
 
     @property
     def name(self) -> str:

@@ -29,7 +29,7 @@ from nas.supernet import Supernet
 from nas.train import check_training, load_weights, train
 from nas.trust import TrustReport, trust
 from nas.versions import versions
-from predictors import LatencyPredictor
+from predictors import load_predictor
 from search_spaces import SearchSpace, build_space
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class Run:
         plan = {"samples": settings.samples, "error": settings.error, "seed": self.experiment.seed}
         wanted = {"space": self.space.name, **plan}
         if path.exists() and about.exists() and read_json(about) == wanted | {"sha256": sha256_of(path)}:
-            return ProfiledDevice(described, LatencyPredictor.load(path))
+            return ProfiledDevice(described, load_predictor(path))
         command = described.latency_model.command
         if command is not None and not may_run_commands:
             raise BadExperiment(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hardware_profiles import DeviceProfile, features
+from hardware_profiles import DeviceProfile, device_names, features, load_device
 from hardware_profiles.command_backend import CommandBackend
 from hardware_profiles.files import read_json, write_json
 from hardware_profiles.host_cpu import measure_models
@@ -22,13 +22,16 @@ from hardware_profiles.onnx_writer import random_ranges, random_weights, write_o
 from nas.costs import ProfiledDevice
 from nas.progress import progress_bar
 from nas.sampling import sample_spread
-from predictors import LatencyPredictor, most_uncertain
+from predictors import KnownDevice, LatencyPredictor, NewDevicePredictor, choose_samples, most_uncertain
+from predictors.new_device import source_latencies, usable
 from predictors.regression import matrix_of
 from search_spaces import Architecture, Network, SearchSpace
 
 log = logging.getLogger(__name__)
 
-FEWEST_SAMPLES = 40  # below, neither the fit nor what is said of its error is worth much
+FEWEST_SAMPLES = 40  # below, a fit of its own and what is said of its error are not worth much
+FEWEST_WITH_HELP = 4  # of a device that is learned with the help of known ones
+POOL = 300  # subnets out of which those few are chosen
 BATCH = 12  # subnets measured between two looks at the error, half of them drawn and half the least certain
 CANDIDATES = 400  # subnets that are looked at for the least certain
 RECORD_SCHEMA = "fitnest.measurements.1"
@@ -54,15 +57,18 @@ def profile(
 
     What is measured is this machine, or, where the profile has a command, what the command reaches: it is run.
 
-    The first subnets are the extremes and a spread over MACs and precisions. Then, batch by batch, half are drawn like
-    those and half are what the predictor is least sure of, until its held-out error is small enough or `samples` are
-    measured. The error is that of the drawn ones.
+    With fewer than 40 samples the device is learned with the help of the shipped ones: the samples are chosen to be
+    informative, and what the known devices are predicted to take is put together for it (`predictors.transfer`).
+
+    Else the first subnets are the extremes and a spread over MACs and precisions. Then, batch by batch, half are drawn
+    like those and half are what the predictor is least sure of, until its held-out error is small enough or `samples`
+    are measured. The error is that of the drawn ones.
 
     Args:
         space: whose random subnets are measured.
         device: from `hardware_profiles.load_device`.
-        samples: subnets to measure at most, the extremes aside; at least 40.
-        error: half the 90 % interval, as a share of the prediction, at which to stop.
+        samples: subnets to measure at most, the extremes aside; at least 4.
+        error: half the 90 % interval, as a share of the prediction, at which to stop; not with fewer than 40 samples.
         seed: which subnets.
         patience_s: how long to wait for slow phases of the machine to pass, in each batch.
         record: JSON file that keeps what is measured, batch by batch; a profile that was stopped goes on from it.
@@ -72,10 +78,10 @@ def profile(
     """
     if not device.is_measured:
         return ProfiledDevice(device)
+    if samples < FEWEST_WITH_HELP:
+        raise ValueError(f"{samples} samples are too few; expected {FEWEST_WITH_HELP}, better ten, or more")
     if samples < FEWEST_SAMPLES:
-        raise ValueError(
-            f"{samples} samples are too few to fit and judge a predictor; expected {FEWEST_SAMPLES} or more"
-        )
+        return _profile_new(space, device, samples=samples, seed=seed, patience_s=patience_s, record=record)
     plan = _Plan(space, device, samples, seed)
     found = _read_record(record, space)
     history: list[tuple[int, float]] = []
@@ -91,6 +97,43 @@ def profile(
         log.info("%d subnets measured: 90 %% of those left out are within %.1f %%", len(plan.measured), 100 * reached)
         if reached <= error or not plan.extend(predictor, [found[str(one)].latency_ms for one in plan.measured]):
             return ProfiledDevice(device, predictor)
+
+
+def _profile_new(
+    space: SearchSpace, device: DeviceProfile, *, samples: int, seed: int, patience_s: float, record: Path | None
+) -> ProfiledDevice:
+    """A device of which only a few subnets are measured."""
+    spread = _shuffled_spread(space, POOL, [seed, 8])
+    pool = [one for one in spread if not device.illegal_layers(space.lower(one))]
+    networks = [space.lower(one) for one in pool]
+    if len(pool) < samples:
+        raise ValueError(f"{len(pool)} subnets of the space can run on {device.name}; expected {samples} or more")
+    known = usable(_known_devices(device), networks)
+    places = choose_samples(source_latencies(known, networks), samples, seed)
+    found = _read_record(record, space)
+    chosen = [pool[int(place)] for place in places]
+    missing = [one for one in chosen if str(one) not in found]
+    if missing:
+        new = measure_untrained(space, missing, device, seed=seed, patience_s=patience_s, record=record)
+        found = _of_one_kind(found, {str(one): new[one.id] for one in missing})
+        _write_record(record, space, found)
+    latency_ms = [found[str(one)].latency_ms for one in chosen]
+    return ProfiledDevice(
+        device, NewDevicePredictor().fit(networks, places, latency_ms, known, _provenance(chosen, found))
+    )
+
+
+def _known_devices(new: DeviceProfile) -> list[KnownDevice]:
+    """The shipped devices that were measured; one that has a single precision is asked as if networks were in that."""
+    found = []
+    for name in device_names():
+        shipped = load_device(name)
+        additive = shipped.latency_model.additive
+        if additive is None or shipped.latency_model.origin != "fitted" or name == new.name:
+            continue
+        legal = sorted({one for kind in ("conv2d", "linear") for one in shipped.precisions.get(kind, ())})
+        found.append(KnownDevice(name, additive, legal[0] if len(legal) == 1 else ""))
+    return found
 
 
 class _Plan:
@@ -144,11 +187,19 @@ def _fit(
 ) -> LatencyPredictor:
     """The predictor on what is measured; its error is added to the history."""
     measured = plan.measured
-    first = found[str(measured[0])].provenance
     predictor = LatencyPredictor(seed=seed)
     networks = [plan.space.lower(one) for one in measured]
     latencies = [found[str(one)].latency_ms for one in measured]
-    provenance = {
+    provenance = {**_provenance(measured, found), "history": list(history)}  # of the batches before: (subnets, error)
+    predictor.fit(networks, latencies, provenance, representative=plan.representative)
+    history.append((len(measured), round(predictor.report()["relative_error_90"], 5)))
+    return predictor
+
+
+def _provenance(measured: Sequence[Architecture], found: Mapping[str, Measurement]) -> dict[str, Any]:
+    """How the subnets that a predictor is fitted on were measured."""
+    first = found[str(measured[0])].provenance
+    return {
         "device": first.device,
         "runtime": first.runtime,
         "threads": first.threads,
@@ -156,13 +207,9 @@ def _fit(
         "cpu": first.cpu,
         "date": first.date,
         "anchor_ms": first.anchor_ms,
-        "networks": len(networks),
+        "networks": len(measured),
         "architectures": [one.id for one in measured],
-        "history": list(history),  # of the batches before: (subnets, half the 90 % interval)
     }
-    predictor.fit(networks, latencies, provenance, representative=plan.representative)
-    history.append((len(measured), round(predictor.report()["relative_error_90"], 5)))
-    return predictor
 
 
 def _of_one_kind(old: Mapping[str, Measurement], new: Mapping[str, Measurement]) -> dict[str, Measurement]:

@@ -227,8 +227,11 @@ class TransferredPredictor:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
+        write_text(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+    def to_json(self) -> dict[str, Any]:
         average = self._fitted
-        document = {
+        return {
             "schema": SCHEMA,
             "version": VERSION,
             "constant": average.constant,
@@ -245,12 +248,15 @@ class TransferredPredictor:
             "report": self._report,
             "provenance": self._provenance,
         }
-        write_text(Path(path), json.dumps(document, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> TransferredPredictor:
         """Read back what `save` wrote; raises ValueError, saying what is wrong, for any other file."""
-        document = _read(Path(path))
+        return cls.from_json(_read(Path(path)), path)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], path: str | Path) -> TransferredPredictor:
+        """Read back what `to_json` gave; `path` is where it was, for the message of a ValueError."""
         try:
             found = cls()
             found._sources = tuple(map(str, document["sources"]))

@@ -269,7 +269,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, capsys: pyt
         (["export", "--id", "a"], "2 points of the front have an id that starts with 'a'"),
         (["export", "--best", "macs"], "the front has no macs"),
         (["export", "--architecture", "depth=7"], "has no choice 'depth'"),
-        (["profile", "--device", "host-cpu", "--samples", "39"], "samples = 39; expected 40 or more"),
+        (["profile", "--device", "host-cpu", "--samples", "3"], "samples = 3; expected 4 or more"),
         (["profile", "--device", "hostcpu"], "did you mean 'host-cpu'"),
         (["search", "--confidence", "0.9"], "only 0.95 can be asked for"),
         (["search", "--limit", "latency_ms@toy<=5KiB"], "not 'KiB'"),

@@ -65,7 +65,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed: expected 0 or more, got -1"),
     ({"devices": {"name": "host-cpu"}}, "devices: expected a list"),
     ({"devices": [{"name": "host-cpu"}, {"name": "host-cpu"}]}, "host-cpu is listed twice"),
-    ({"devices": [{"name": "host-cpu", "samples": 39}]}, "samples = 39; expected 40 or more"),
+    ({"devices": [{"name": "host-cpu", "samples": 3}]}, "samples = 3; expected 4 or more"),
     ({"devices": [{"name": "host-cpu", "error": 1.5}]}, "error = 1.5; expected a share such as 0.05"),
     ({"search": {"objectives": ["latency_ms"]}}, "latency_ms belongs to a device"),
     ({"search": {"objectives": ["acuracy"]}}, "did you mean 'accuracy'?"),

@@ -254,6 +254,10 @@ def test_a_command_is_run_by_profile_alone(
     with_search(joined, ["latency_ms@board<=100"], None, None).search()  # by predictions
     assert joined.check_predictors() == {}
     assert (tmp_path / "runs.txt").read_text().splitlines() == visits
+    assert main(["profile", str(run.folder), "--device", str(file), "--samples", "10"]) == 0
+    assert "fitted on 10 measured subnets" in capsys.readouterr().out
+    again = Run.open(run.folder).devices["board"].predictor
+    assert again is not None and again.report()["networks"] == 10
 
 
 def test_a_device_that_is_profiled_later_joins_the_run(run: Run) -> None:
