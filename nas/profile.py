@@ -29,10 +29,10 @@ from search_spaces import Architecture, Network, SearchSpace
 
 log = logging.getLogger(__name__)
 
-FEWEST_SAMPLES = 40  # below, a fit of its own and what is said of its error are not worth much
+FEWEST_SAMPLES = 48  # below, a fit of its own and what is said of its error are not worth much
 FEWEST_WITH_HELP = 4  # of a device that is learned with the help of known ones
 POOL = 300  # subnets out of which those few are chosen
-BATCH = 12  # subnets measured between two looks at the error, half of them drawn and half the least certain
+BATCH = 12  # subnets measured in one process; later, half of them are drawn and half the least certain
 CANDIDATES = 400  # subnets that are looked at for the least certain
 RECORD_SCHEMA = "fitnest.measurements.1"
 
@@ -57,7 +57,7 @@ def profile(
 
     What is measured is this machine, or, where the profile has a command, what the command reaches: it is run.
 
-    With fewer than 40 samples the device is learned with the help of the shipped ones: the samples are chosen to be
+    With fewer than 48 samples the device is learned with the help of the shipped ones: the samples are chosen to be
     informative, and what the known devices are predicted to take is put together for it (`predictors.transfer`).
 
     Else the first subnets are the extremes and a spread over MACs and precisions. Then, batch by batch, half are drawn
@@ -68,7 +68,7 @@ def profile(
         space: whose random subnets are measured.
         device: from `hardware_profiles.load_device`.
         samples: subnets to measure at most, the extremes aside; at least 4.
-        error: half the 90 % interval, as a share of the prediction, at which to stop; not with fewer than 40 samples.
+        error: half the 90 % interval, as a share of the prediction, at which to stop; not with fewer than 48 samples.
         seed: which subnets.
         patience_s: how long to wait for slow phases of the machine to pass, in each batch.
         record: JSON file that keeps what is measured, batch by batch; a profile that was stopped goes on from it.
@@ -88,10 +88,11 @@ def profile(
     while True:
         missing = [one for one in plan.measured if str(one) not in found]
         if missing:
-            new = measure_untrained(space, missing, device, seed=seed, patience_s=patience_s, record=record)
-            found = _of_one_kind(found, {str(one): new[one.id] for one in missing})
+            batch = missing[:BATCH]  # in a process of its own: the error shall hold for other processes
+            new = measure_untrained(space, batch, device, seed=seed, patience_s=patience_s, record=record)
+            found = _of_one_kind(found, {str(one): new[one.id] for one in batch})
             _write_record(record, space, found)
-            continue  # with what was measured otherwise before
+            continue  # with the rest, and with what was measured otherwise before
         predictor = _fit(plan, found, history, seed)
         reached = history[-1][1]
         log.info("%d subnets measured: 90 %% of those left out are within %.1f %%", len(plan.measured), 100 * reached)
@@ -191,7 +192,8 @@ def _fit(
     networks = [plan.space.lower(one) for one in measured]
     latencies = [found[str(one)].latency_ms for one in measured]
     provenance = {**_provenance(measured, found), "history": list(history)}  # of the batches before: (subnets, error)
-    predictor.fit(networks, latencies, provenance, representative=plan.representative)
+    processes = [found[str(one)].provenance.date for one in measured]
+    predictor.fit(networks, latencies, provenance, representative=plan.representative, groups=processes)
     history.append((len(measured), round(predictor.report()["relative_error_90"], 5)))
     return predictor
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("fitnest", "torch", "onnxruntime", "onnx", "optuna", "numpy", "scikit-learn", "pandas", "matplotlib")
+RESULTS = "experiments/results"
 
 
 def versions() -> dict[str, str]:
@@ -26,10 +27,14 @@ def versions() -> dict[str, str]:
 def commit_of(folder: Path) -> str:
     """The commit of a checkout, with `-dirty` when files differ from it; empty outside one.
 
-    A package installed inside somebody's checkout is not of that commit, so the folder must hold tracked files.
+    Results do not count: a benchmark that goes on from its own file is still of its commit. A package installed inside
+    somebody's checkout is not of that commit, so the folder must hold tracked files.
     """
     tracked = _git(folder, "ls-files", "--", ".")
-    return _git(folder, "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*") if tracked else ""
+    if not tracked:
+        return ""
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", f":/!{RESULTS}")
+    return _git(folder, "rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
 
 
 def _git(folder: Path, *arguments: str) -> str:

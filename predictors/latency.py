@@ -72,11 +72,16 @@ class LatencyPredictor:
         provenance: Mapping[str, Any] | None = None,
         *,
         representative: Sequence[bool] | None = None,
+        groups: Sequence[object] | None = None,
     ) -> LatencyPredictor:
         """Fit on n networks and their latencies (n,), all measured under the conditions of `provenance`.
 
         `representative` (n,) marks the networks that were drawn like those to be predicted: errors and interval are
         theirs only, since networks picked for being uncertain say nothing about the others. By default all are.
+
+        `groups` (n,) say which were measured together, in one process: what one process makes of all its networks
+        differs from the next by about as much as networks from the model, so where there are five groups or more they
+        are the folds, and errors and interval are those of networks measured at another time.
 
         Raises ValueError for fewer than 10 distinct networks, lengths that differ, or a latency that is not a
         positive number.
@@ -86,7 +91,7 @@ class LatencyPredictor:
         names = sorted({name for row in rows for name in row})
         matrix = matrix_of(rows, names)
         _check(matrix, latency)
-        fold = folds_of(matrix, self.folds, np.random.default_rng(self.seed))
+        fold = folds_of(matrix, self.folds, np.random.default_rng(self.seed), groups)
         judged = np.ones(len(latency), bool) if representative is None else np.asarray(representative, bool)
         _check_judged(judged, matrix)
         left_out = predict_left_out(with_constant(matrix), latency, fold)[judged]

@@ -42,8 +42,20 @@ def fit_coefficients(matrix: np.ndarray, latency_ms: np.ndarray, ridge: float = 
     return nnls(stacked, target, maxiter=100 * count)[0] / scale
 
 
-def folds_of(matrix: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """A fold number for each of the n rows; equal rows share a fold, so that none is predicted from its twin."""
+FEWEST_GROUPS = 5  # that can be folds
+
+
+def folds_of(
+    matrix: np.ndarray, folds: int, rng: np.random.Generator, groups: Sequence[object] | None = None
+) -> np.ndarray:
+    """A fold number for each of the n rows; equal rows share a fold, so that none is predicted from its twin.
+
+    Rows of one of `groups` (n,) share a fold too, where there are enough of them.
+    """
+    if groups is not None and len(set(groups)) >= FEWEST_GROUPS:
+        names = list(dict.fromkeys(groups))
+        number = dict(zip(names, rng.permutation(len(names)) % folds, strict=True))
+        return np.array([number[name] for name in groups])
     unique, group = np.unique(matrix, axis=0, return_inverse=True)
     return (rng.permutation(len(unique)) % folds)[group.ravel()]
 

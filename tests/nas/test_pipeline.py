@@ -241,12 +241,12 @@ def test_a_command_is_run_by_profile_alone(
 ) -> None:
     file = board(tmp_path)
     with pytest.raises(BadExperiment, match="measured by a command, which only 'nas profile' runs: read it"):
-        run.device(DeviceSettings(str(file), 40))
-    assert main(["profile", str(run.folder), "--device", str(file), "--samples", "40"]) == 0
+        run.device(DeviceSettings(str(file), 48))
+    assert main(["profile", str(run.folder), "--device", str(file), "--samples", "48"]) == 0
     out, err = capsys.readouterr()
     assert "each by the command: " in err and "board.py" in err and "board" in out
     visits = (tmp_path / "runs.txt").read_text().splitlines()
-    assert 40 <= len(visits) <= 44
+    assert 48 <= len(visits) <= 52
     joined = Run.open(run.folder)
     device = joined.devices["board"]
     assert device.predictor is not None and device.predictor.report()["within_10_percent"] > 0.9

@@ -74,11 +74,12 @@ def test_a_shipped_model_needs_no_measurement(bench: Bench) -> None:
     assert device.predictor is None and not bench.calls
 
 
-def test_a_live_device_is_fitted_on_extremes_and_a_spread(bench: Bench) -> None:
+def test_a_live_device_is_fitted_on_extremes_and_a_spread(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     space = tiny.space()
     device = nas.profile(space, load_device("host-cpu"), seed=3)
-    (measured,) = bench.calls  # the bench has no noise: the first look is enough
-    assert len(measured) == len(set(measured)) and 40 <= len(measured) <= 44
+    assert all(len(call) <= 12 for call in bench.calls)  # each in a process of its own
+    measured = [a for call in bench.calls for a in call]  # the bench has no noise: the first look is enough
+    assert len(measured) == len(set(measured)) and 48 <= len(measured) <= 52
     ends = {space.with_precision(end, p) for end in (space.smallest, space.largest) for p in ("fp32", "int8")}
     assert ends <= set(measured)
     fresh = [space.sample(np.random.default_rng(i)) for i in range(40)]
@@ -87,9 +88,11 @@ def test_a_live_device_is_fitted_on_extremes_and_a_spread(bench: Bench) -> None:
     provenance = device.predictor.provenance  # type: ignore[union-attr]
     assert provenance["runtime"] == "onnxruntime 0" and provenance["anchor_ms"] == 0.1
     assert provenance["architectures"] == [a.id for a in measured] and provenance["history"] == []
-    nas.profile(space, load_device("host-cpu"), seed=3)
-    nas.profile(space, load_device("host-cpu"), seed=4)
-    assert bench.calls[1] == measured != bench.calls[2]
+    again, other = Bench(), Bench()
+    for made, seed in ((again, 3), (other, 4)):
+        monkeypatch.setattr(module, "measure_untrained", made)
+        nas.profile(space, load_device("host-cpu"), seed=seed)
+    assert again.calls == bench.calls != other.calls
 
 
 def test_it_measures_on_until_the_error_or_the_samples_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,16 +101,14 @@ def test_it_measures_on_until_the_error_or_the_samples_are_reached(monkeypatch: 
     monkeypatch.setattr(module, "measure_untrained", noisy)
     device = nas.profile(space, load_device("host-cpu"), samples=70, error=0.0)
     batches = [len(call) for call in noisy.calls]
-    assert (
-        40 <= batches[0] <= 44 and len(batches) == 4 and 24 <= sum(batches[1:]) <= 30
-    )  # a drawn one may be picked too
+    assert batches[:4] == [12] * 4 and 70 - 48 <= sum(batches[4:]) <= 70 - 48 + 4
     measured = [a for call in noisy.calls for a in call]
     assert len(set(measured)) == len(measured)
     report = device.predictor.report()  # type: ignore[union-attr]
     assert report["networks"] == len(measured)
-    assert 55 <= report["judged_on"] <= 60  # the picked ones tell nothing of the others
+    assert 57 <= report["judged_on"] <= 63  # the picked ones tell nothing of the others
     history = device.predictor.provenance["history"]  # type: ignore[union-attr]
-    assert [count for count, _ in history] == np.cumsum(batches)[:-1].tolist()
+    assert {count for count, _ in history} < set(np.cumsum(batches).tolist()) and 48 <= history[0][0] <= 52
     reachable = Bench(noise=0.05)
     monkeypatch.setattr(module, "measure_untrained", reachable)
     nas.profile(space, load_device("host-cpu"), samples=70, error=max(error for _, error in history))
@@ -116,7 +117,7 @@ def test_it_measures_on_until_the_error_or_the_samples_are_reached(monkeypatch: 
 
 def test_a_profile_that_was_stopped_goes_on_from_its_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     space, record = tiny.space(), tmp_path / "host-cpu.measured.json"
-    settings: dict[str, Any] = {"samples": 64, "error": 0.0, "record": record}
+    settings: dict[str, Any] = {"samples": 72, "error": 0.0, "record": record}
     whole = Bench(noise=0.05)
     monkeypatch.setattr(module, "measure_untrained", whole)
     expected = nas.profile(space, load_device("host-cpu"), **settings)
@@ -138,10 +139,10 @@ def test_what_was_measured_otherwise_or_of_another_space_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     space, record = tiny.space(), tmp_path / "record.json"
-    settings: dict[str, Any] = {"samples": 52, "error": 0.0, "record": record}
+    settings: dict[str, Any] = {"samples": 60, "error": 0.0, "record": record}
     first, second = Bench(), Bench(runtime="onnxruntime 1")
     monkeypatch.setattr(module, "measure_untrained", first)
-    nas.profile(space, load_device("host-cpu"), **{**settings, "samples": 40})
+    nas.profile(space, load_device("host-cpu"), **{**settings, "samples": 48})
     monkeypatch.setattr(module, "measure_untrained", second)
     device = nas.profile(space, load_device("host-cpu"), **settings)
     assert "earlier measurements were made otherwise" in caplog.text
@@ -149,8 +150,8 @@ def test_what_was_measured_otherwise_or_of_another_space_is_not_used(
     assert device.predictor.provenance["runtime"] == "onnxruntime 1"  # type: ignore[union-attr]
     other = Bench()
     monkeypatch.setattr(module, "measure_untrained", other)
-    nas.profile(tiny.space(kernels=(3, 5)), load_device("host-cpu"), **{**settings, "samples": 40})
-    assert len(other.calls[0]) >= 40
+    nas.profile(tiny.space(kernels=(3, 5)), load_device("host-cpu"), **{**settings, "samples": 48})
+    assert sum(map(len, other.calls)) >= 48
     record.write_text('{"schema": "of something else"}')
     with pytest.raises(ValueError, match="is not a record of measurements"):
         nas.profile(space, load_device("host-cpu"), **settings)

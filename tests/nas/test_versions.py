@@ -61,6 +61,19 @@ def test_commit_of_a_checkout(checkout: Path) -> None:
     assert commit_of(checkout / "package") == f"{commit}-dirty"
 
 
+def test_results_do_not_make_a_checkout_dirty(checkout: Path) -> None:
+    results = checkout / "experiments" / "results"
+    results.mkdir(parents=True)
+    (results / "runs.jsonl").write_text("one line\n")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-q", "-m", "results")
+    (results / "runs.jsonl").write_text("two lines\n")
+    assert git(checkout, "rev-parse", "HEAD").startswith(commit_of(checkout / "package"))
+    (checkout / "experiments" / "a.py").write_text("1\n")
+    git(checkout, "add", ".")
+    assert commit_of(checkout / "package").endswith("-dirty")
+
+
 def test_a_tag_does_not_hide_the_commit(checkout: Path) -> None:
     git(checkout, "tag", "v1")
     assert git(checkout, "rev-parse", "HEAD").startswith(commit_of(checkout / "package"))

@@ -88,3 +88,13 @@ def test_the_interval_covers_as_often_as_it_says(rng: np.random.Generator) -> No
         half, _ = relative_interval(np.ones(39), latency[:39])
         hits += abs(latency[39] - 1) <= half
     assert 0.86 <= hits / 400 <= 0.94
+
+
+def test_what_was_measured_together_is_left_out_together() -> None:
+    matrix = np.arange(24.0)[:, None]
+    rng = np.random.default_rng(0)
+    groups = [f"process {i // 4}" for i in range(24)]
+    fold = folds_of(matrix, 10, rng, groups)
+    assert len(set(fold)) == 6 and all(len(set(fold[i : i + 4])) == 1 for i in range(0, 24, 4))
+    few = folds_of(matrix, 10, rng, [i // 8 for i in range(24)])  # three groups are too few
+    assert len(set(few)) == 10
