@@ -10,8 +10,6 @@ beside other models, are in experiments/benchmarks/mcu_latency.py.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fitted import provenance, rounded, write_device, write_result
-from mcu_data import H743_BOARDS, Run, boards_of, has_data, read_runs
+from fitted import fit_command, provenance, rounded
+from mcu_data import H743_BOARDS, H743_TABLE, MLPERF_TABLE, Run, boards_of, read_runs
 from mcu_models import (
     FORMS,
     covered,
@@ -325,20 +323,14 @@ def _energy_section(energy: Mapping[str, Any], board: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with the measurements")
-    parser.add_argument("--write", action="store_true", help="also write the device files")
-    options = parser.parse_args(arguments)
-    if not has_data(options.data):
-        print(f"{options.data}: expected a folder with mcu_stm32h743.csv and mcu_mlperf_tiny.csv", file=sys.stderr)
-        return 2
-    result = fit(options.data)
-    print(json.dumps(result, indent=1))
-    write_result("fit_mcu", result)
-    if options.write:
-        for name in (*DEVICES, DERIVED):
-            write_device(name, COMMAND, device_sections(result, name))
-    return 0
+    return fit_command(
+        arguments,
+        about=__doc__,
+        name="fit_mcu",
+        needed=(H743_TABLE, MLPERF_TABLE),
+        fit=fit,
+        devices=lambda result: {name: device_sections(result, name) for name in (*DEVICES, DERIVED)},
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ JSON and writes it to experiments/results/fit_nasbench201.json; --write also wri
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.fitted import fold_coverage, held_out_section, provenance, rounded, write_device, write_result
+from experiments.fitted import fit_command, fold_coverage, held_out_section, provenance, rounded
 from experiments.nasbench201_table import DEVICES, FREE, PRICES, TABLE, read_cell_table
 from experiments.prices import coefficients, families_in, priced
 from hardware_profiles.cost_model import FAMILIES
@@ -87,20 +85,14 @@ def device_sections(result: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with the measurements")
-    parser.add_argument("--write", action="store_true", help="also write the device files")
-    options = parser.parse_args(arguments)
-    if not (options.data / TABLE).is_file():
-        print(f"{options.data}: expected a folder with {TABLE}", file=sys.stderr)
-        return 2
-    result = fit(options.data)
-    print(json.dumps(result, indent=1))
-    write_result("fit_nasbench201", result)
-    if options.write:
-        for name in DEVICES:
-            write_device(name, COMMAND, device_sections(result, name))
-    return 0
+    return fit_command(
+        arguments,
+        about=__doc__,
+        name="fit_nasbench201",
+        needed=(TABLE,),
+        fit=fit,
+        devices=lambda result: {name: device_sections(result, name) for name in DEVICES},
+    )
 
 
 if __name__ == "__main__":

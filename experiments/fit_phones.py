@@ -9,8 +9,6 @@ writes the fitted part of the device files.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.fitted import held_out_section, provenance, rounded, write_device, write_result
+from experiments.fitted import fit_command, held_out_section, provenance, rounded
 from experiments.phone_gpus import (
     GRAPHS,
     LARGEST_SPREAD,
@@ -104,20 +102,14 @@ def shipped(result: Mapping[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with the measurements")
-    parser.add_argument("--write", action="store_true", help="also write the device files")
-    options = parser.parse_args(arguments)
-    if not (options.data / TABLE).is_file():
-        print(f"{options.data}: expected a folder with {TABLE} and {GRAPHS}/", file=sys.stderr)
-        return 2
-    result = fit(options.data)
-    print(json.dumps(result, indent=1))
-    write_result("fit_phones", result)
-    if options.write:
-        for name in shipped(result):
-            write_device(name, COMMAND, device_sections(result, name))
-    return 0
+    return fit_command(
+        arguments,
+        about=__doc__,
+        name="fit_phones",
+        needed=(TABLE, GRAPHS),
+        fit=fit,
+        devices=lambda result: {name: device_sections(result, name) for name in shipped(result)},
+    )
 
 
 if __name__ == "__main__":

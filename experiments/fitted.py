@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,3 +104,39 @@ def write_device(name: str, command: str, sections: Mapping[str, Any]) -> None:
 
 def write_result(name: str, result: Mapping[str, Any]) -> None:
     write_text(RESULTS / f"{name}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def fit_command(
+    arguments: Sequence[str] | None,
+    *,
+    about: str | None,
+    name: str,
+    needed: Sequence[str],
+    fit: Callable[[Path], dict[str, Any]],
+    devices: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]],
+) -> int:
+    """What each fitting script does when it is run; returns the exit status.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+        about: the script's docstring.
+        name: of the script, and of its result.
+        needed: files that the data folder must hold.
+        fit: data folder -> result.
+        devices: result -> the written sections of each device file.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with the measurements")
+    parser.add_argument("--write", action="store_true", help="also write the device files")
+    options = parser.parse_args(arguments)
+    missing = [file for file in needed if not (options.data / file).exists()]
+    if missing:
+        print(f"{options.data}: expected a folder with {', '.join(needed)}; missing {missing[0]}", file=sys.stderr)
+        return 2
+    result = fit(options.data)
+    print(json.dumps(result, indent=1))
+    write_result(name, result)
+    if options.write:
+        for device, sections in devices(result).items():
+            write_device(device, result["command"], sections)
+    return 0

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from common import about, finish, out_option
-from tflite_writer import arena_head_bytes, has_tflite_micro, write_tflite
+from tflite_arena import arena_head_bytes, has_tflite_micro
 
 from hardware_profiles import load_device
 from hardware_profiles.memory import (
@@ -41,6 +41,7 @@ from hardware_profiles.memory import (
     quantized_channels,
 )
 from hardware_profiles.patches import executed_macs, patch_sides, stage_macs
+from hardware_profiles.tflite_writer import write_tflite
 from search_spaces import INPUT, INT8, Architecture, Layer, MobileNet, Network
 from search_spaces import layers as L
 from search_spaces.layers import Port, assemble, port
@@ -182,7 +183,7 @@ def arenas(data: Path) -> list[dict[str, Any]]:
             if has_tflite_micro():
                 path = data / "mlperf_tiny_models" / FILES[name] if name in FILES else Path(folder) / f"{name}.tflite"
                 if name not in FILES:
-                    write_tflite(network, path)
+                    path.write_bytes(write_tflite(network, np.random.default_rng(0)))
                 said = arena_head_bytes(path)
             planned = peak_sram_bytes(network, TFLM_GREEDY, explicit_padding=UNLESS_SAME)
             rows.append(
@@ -213,7 +214,7 @@ def file_sizes(data: Path) -> list[dict[str, Any]]:
 def boards(data: Path) -> dict[str, Any]:
     """SRAM and flash of the networks measured on an STM32H743 whose structures are published, by runtime."""
     sys.path.append(str(Path(__file__).parents[1]))
-    from fit_mcu import ROWS, zoo_network
+    from mcu_data import ROWS, zoo_network
 
     with (data / "mcu_stm32h743.csv").open(newline="") as stream:
         table = {(row["net_id"], row["library"]): row for row in csv.DictReader(stream)}

@@ -11,9 +11,8 @@ import pytest
 
 
 @pytest.fixture
-def script(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments" / "benchmarks")
-    return load_script("benchmarks/mcu_latency")
+def script(load_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_benchmark("mcu_latency")
 
 
 def test_errors_by_runtime_and_board(script: ModuleType, data_folder: Path, tmp_path: Path) -> None:

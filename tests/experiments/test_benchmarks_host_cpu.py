@@ -19,11 +19,6 @@ from tests.nas import tiny
 module = importlib.import_module("nas.profile")
 
 
-@pytest.fixture(autouse=True)
-def scripts_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments" / "benchmarks")
-
-
 def processor(noise: float) -> Any:
     """Latency by MACs and layers; each call differs by noise."""
     rng = np.random.default_rng(0)
@@ -44,9 +39,9 @@ def processor(noise: float) -> Any:
 
 
 def test_what_it_writes_is_true_of_the_processor(
-    load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    load_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    script = load_script("benchmarks/host_cpu")
+    script = load_benchmark("host_cpu")
     for place in (module, script):
         monkeypatch.setattr(place, "measure_untrained", processor(0.01))
     monkeypatch.setattr(script, "MILLION", 1000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,18 +13,6 @@ from experiments.nasbench201_table import CellTable
 from experiments.phone_gpus import GPUS, PhoneTable, read_phone_table
 
 Load = Callable[[str], ModuleType]
-
-
-@pytest.fixture(scope="module")
-def load(load_script: Load) -> Load:
-    folder = str(Path(__file__).parents[2] / "experiments" / "benchmarks")
-
-    def loaded(name: str) -> ModuleType:
-        if folder not in sys.path:
-            sys.path.append(folder)
-        return load_script(f"benchmarks/{name}")
-
-    return loaded
 
 
 def made_table(rng: np.random.Generator, networks: int = 14) -> PhoneTable:
@@ -40,8 +27,8 @@ def made_table(rng: np.random.Generator, networks: int = 14) -> PhoneTable:
     return PhoneTable(tuple(f"net{i}" for i in range(networks)), rows, GPUS[:3], latency_ms, {})
 
 
-def test_each_gpu_alone_is_one_fit_a_network_left_out(load: Load, rng: np.random.Generator) -> None:
-    script, table = load("phone_networks"), made_table(rng)
+def test_each_gpu_alone_is_one_fit_a_network_left_out(load_benchmark: Load, rng: np.random.Generator) -> None:
+    script, table = load_benchmark("phone_networks"), made_table(rng)
     line = np.column_stack([table.macs, np.ones(14)])
     predicted = script.each_alone(table, line, ridge=0.0)
     ran = [i for i in range(14) if i not in (4, 9)]
@@ -51,22 +38,24 @@ def test_each_gpu_alone_is_one_fit_a_network_left_out(load: Load, rng: np.random
     assert np.isnan(predicted[1, 4]) and np.isnan(predicted).sum() == 1
 
 
-def test_relatives_share_a_number(load: Load) -> None:
-    script = load("phone_networks")
+def test_relatives_share_a_number(load_benchmark: Load) -> None:
+    script = load_benchmark("phone_networks")
     number = script.families_of(("resnet18", "vgg16", "mobilenet_ssd", "resnet50", "mobilenet"))
     assert number[0] == number[3] and number[2] == number[4] and len(set(number.tolist())) == 3
 
 
-def test_intervals_are_made_without_the_network_that_they_are_of(load: Load, rng: np.random.Generator) -> None:
-    script, table = load("phone_networks"), made_table(rng)
+def test_intervals_are_made_without_the_network_that_they_are_of(
+    load_benchmark: Load, rng: np.random.Generator
+) -> None:
+    script, table = load_benchmark("phone_networks"), made_table(rng)
     predicted = np.where(np.isnan(table.latency_ms), np.nan, table.latency_ms * 1.001)
     assert script.nested_coverage(table, predicted)["coverage"] == 1.0
     far = script.nested_coverage(table, predicted * 3)
     assert far["coverage"] == 0.0 and far["n"] == 3 * 14 - 1
 
 
-def test_a_draw_is_judged_on_what_it_did_not_see(load: Load, rng: np.random.Generator) -> None:
-    script = load("mobile_nasbench201")
+def test_a_draw_is_judged_on_what_it_did_not_see(load_benchmark: Load, rng: np.random.Generator) -> None:
+    script = load_benchmark("mobile_nasbench201")
     amounts = np.repeat(rng.lognormal(0, 1, (60, 2)), 2, axis=0)
     latency_ms = amounts @ [2.0, 3.0]
     latency_ms[100:] *= 1.5  # networks that the sample never sees
@@ -79,8 +68,8 @@ def test_a_draw_is_judged_on_what_it_did_not_see(load: Load, rng: np.random.Gene
     assert found["unseen"] == 0 and np.isnan(found["unseen_within_10_percent"])
 
 
-def test_a_report_has_the_baseline_and_spread_over_draws(load: Load, rng: np.random.Generator) -> None:
-    script = load("mobile_nasbench201")
+def test_a_report_has_the_baseline_and_spread_over_draws(load_benchmark: Load, rng: np.random.Generator) -> None:
+    script = load_benchmark("mobile_nasbench201")
     rows = tuple(
         {
             "conv.fp32.count": 3.0,
@@ -98,8 +87,8 @@ def test_a_report_has_the_baseline_and_spread_over_draws(load: Load, rng: np.ran
     assert baseline["mape"]["std"] > 0 and set(report["methods"]) == {"macs_only", "live_macs_only", "ours"}
 
 
-def test_on_the_table_pooling_beats_seven_features_and_macs(load: Load, data_folder: Path) -> None:
-    script = load("phone_networks")
+def test_on_the_table_pooling_beats_seven_features_and_macs(load_benchmark: Load, data_folder: Path) -> None:
+    script = load_benchmark("phone_networks")
     table = read_phone_table(data_folder)
     macs = script.judged(table, script.each_alone(table, np.column_stack([table.macs, np.ones(len(table.macs))]), 0.0))
     seven = script.judged(table, script.each_alone(table, table.seven, 0.0))

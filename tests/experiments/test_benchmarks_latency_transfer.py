@@ -14,14 +14,9 @@ import pytest
 ARGUMENTS = ("--architecture-columns", "op_*", "--samples", "6", "--draws", "2")
 
 
-@pytest.fixture(autouse=True)
-def _beside_common(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments" / "benchmarks")
-
-
 @pytest.fixture
-def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("benchmarks/latency_transfer")
+def script(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("latency_transfer")
 
 
 @pytest.fixture

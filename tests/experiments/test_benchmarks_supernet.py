@@ -11,13 +11,8 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def _beside_common(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments" / "benchmarks")
-
-
-def test_supernet_overhead(load_script: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    script = load_script("benchmarks/supernet_overhead")
+def test_supernet_overhead(load_benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    script = load_benchmark("supernet_overhead")
     out = tmp_path / "result.json"
     sizes = ["--architectures", "3", "--rounds", "2", "--batch", "4", "--extractions", "2"]
     assert script.main([*sizes, "--out", str(out)]) == 0
@@ -36,8 +31,8 @@ def test_supernet_overhead(load_script: Callable[[str], ModuleType], tmp_path: P
         assert largest["subnet"] == largest["supernet"]
 
 
-def test_memory_of_segments(load_script: Callable[[str], ModuleType]) -> None:
-    script = load_script("benchmarks/activation_checkpointing")
+def test_memory_of_segments(load_benchmark: Callable[[str], ModuleType]) -> None:
+    script = load_benchmark("activation_checkpointing")
     trial = script.Pass("cifar_32px", batch=8, seed=0)
     trial.run(1)
     kept, allocated = ({n: measure(n) for n in (1, 4)} for measure in (trial.kept_bytes, trial.allocated_bytes))
@@ -48,8 +43,8 @@ def test_memory_of_segments(load_script: Callable[[str], ModuleType]) -> None:
 
 
 @pytest.mark.slow
-def test_activation_checkpointing(load_script: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    script = load_script("benchmarks/activation_checkpointing")
+def test_activation_checkpointing(load_benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    script = load_benchmark("activation_checkpointing")
     out = tmp_path / "result.json"
     sizes = ["--networks", "cifar_32px", "--segments", "4", "--batch", "32", "--rounds", "1"]
     assert script.main([*sizes, "--out", str(out)]) == 0

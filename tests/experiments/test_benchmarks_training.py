@@ -27,19 +27,6 @@ Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture(scope="module")
-def load(load_script: Load) -> Load:
-    """Name -> the benchmark; they import each other by name, as when they are run."""
-    folder = str(Path(__file__).parents[2] / "experiments" / "benchmarks")
-
-    def loaded(name: str) -> ModuleType:
-        if folder not in sys.path:
-            sys.path.append(folder)
-        return load_script(f"benchmarks/{name}")
-
-    return loaded
-
-
-@pytest.fixture(scope="module")
 def data() -> Data:
     return corners()
 
@@ -47,16 +34,16 @@ def data() -> Data:
 # arms ----------------------------------------------------------------------------------------------------
 
 
-def test_two_arms_are_compared_as_by_a_paired_t_test(load: Load, rng: np.random.Generator) -> None:
+def test_two_arms_are_compared_as_by_a_paired_t_test(load_benchmark: Load, rng: np.random.Generator) -> None:
     base, other = rng.normal(0.7, 0.02, 5), rng.normal(0.72, 0.02, 5)
     values = {"base": dict(enumerate(base)), "other": dict(enumerate(other))}
-    row = load("arms").compared(values, "base")["arms"]["other"]
+    row = load_benchmark("arms").compared(values, "base")["arms"]["other"]
     interval = ttest_rel(other, base).confidence_interval(0.95)
     assert row["difference"] == pytest.approx(np.mean(other - base), abs=1e-5)
     assert row["interval"] == pytest.approx((interval.high - interval.low) / 2, abs=1e-5)
 
 
-def test_noise_is_what_arm_and_seed_leave_over(load: Load) -> None:
+def test_noise_is_what_arm_and_seed_leave_over(load_benchmark: Load) -> None:
     values = {
         "base": {0: 0.50, 1: 0.60, 2: 0.70},
         "same": {0: 0.52, 1: 0.60, 2: 0.68},  # residuals against the base: half of +-0.02
@@ -64,7 +51,7 @@ def test_noise_is_what_arm_and_seed_leave_over(load: Load) -> None:
         "low": {0: 0.21, 1: 0.30, 2: 0.39},
         "half": {0: 0.9},
     }
-    found = load("arms").compared(values, "base")
+    found = load_benchmark("arms").compared(values, "base")
     rows = found["arms"]
     assert {arm: row.get("verdict") for arm, row in rows.items()} == {
         "base": None, "same": "no difference beyond noise", "far": "better", "low": "worse",
@@ -76,16 +63,16 @@ def test_noise_is_what_arm_and_seed_leave_over(load: Load) -> None:
     assert rows["base"]["std_between_seeds"] == pytest.approx(0.1)
 
 
-def test_one_seed_or_no_base_says_nothing(load: Load) -> None:
-    compared = load("arms").compared
+def test_one_seed_or_no_base_says_nothing(load_benchmark: Load) -> None:
+    compared = load_benchmark("arms").compared
     row = compared({"base": {0: 0.5}, "other": {0: 0.9}}, "base")["arms"]["other"]
     assert row["verdict"] == "one seed: unknown" and row["interval"] is None and row["difference"] == 0.4
     assert compared({"other": {0: 0.9}}, "base")["arms"] == {}
     assert compared({}, "base")["arms"] == {}
 
 
-def test_pieces_of_work_are_done_once(load: Load, tmp_path: Path) -> None:
-    arms, log = load("arms"), tmp_path / "x_runs.jsonl"
+def test_pieces_of_work_are_done_once(load_benchmark: Load, tmp_path: Path) -> None:
+    arms, log = load_benchmark("arms"), tmp_path / "x_runs.jsonl"
     script = tmp_path / "script.py"
     script.write_text(
         "import json, sys\nitem = json.loads(sys.argv[-1])\n"
@@ -105,8 +92,8 @@ def test_pieces_of_work_are_done_once(load: Load, tmp_path: Path) -> None:
 # craft ---------------------------------------------------------------------------------------------------
 
 
-def test_craft_trains_and_evaluates_an_arm(load: Load, data: Data, tmp_path: Path) -> None:
-    craft = load("craft")
+def test_craft_trains_and_evaluates_an_arm(load_benchmark: Load, data: Data, tmp_path: Path) -> None:
+    craft = load_benchmark("craft")
     networks = [SPACE.smallest, SPACE.largest]
     items = craft.planned(["base", "class_weights", "sandwich_kl"], [0], 2, 1, 0.05)
     assert [(item["arm"], item["seed"]) for item in items][2:] == [("sandwich_kl", 0), ("sandwich_kl", 1)]
@@ -127,8 +114,8 @@ def test_craft_trains_and_evaluates_an_arm(load: Load, data: Data, tmp_path: Pat
     json.dumps(found, allow_nan=False)
 
 
-def test_every_arm_changes_what_it_is_called(load: Load) -> None:
-    craft = load("craft")
+def test_every_arm_changes_what_it_is_called(load_benchmark: Load) -> None:
+    craft = load_benchmark("craft")
     classes = ("a", "b", "c", "d")
     items = {item["arm"]: item for item in craft.planned(list(craft.ARMS), [1], 3000, 800, 0.2)}
     settings = {arm: craft.settings_of(item, classes) for arm, item in items.items()}
@@ -144,11 +131,15 @@ def test_every_arm_changes_what_it_is_called(load: Load) -> None:
         assert bool(changes) == (arm != "base"), arm
 
 
-def test_craft_counts_hits_of_the_weighted_class(load: Load) -> None:
+def test_craft_counts_hits_of_the_weighted_class(load_benchmark: Load) -> None:
     labels, guessed = np.array([3, 3, 3, 0, 1, 2]), np.array([3, 3, 0, 3, 1, 3])
-    found = load("craft").figures_of(guessed, labels)
+    found = load_benchmark("craft").figures_of(guessed, labels)
     assert found == {"accuracy": 0.5, "recall": 2 / 3, "precision": 0.5}
-    assert load("craft").figures_of(np.zeros(2), np.zeros(2)) == {"accuracy": 1.0, "recall": 0.0, "precision": 0.0}
+    assert load_benchmark("craft").figures_of(np.zeros(2), np.zeros(2)) == {
+        "accuracy": 1.0,
+        "recall": 0.0,
+        "precision": 0.0,
+    }
 
 
 def craft_line(arm: str, seed: int, accuracies: list[float], recall: float = 0.5) -> dict[str, Any]:
@@ -165,7 +156,7 @@ def craft_line(arm: str, seed: int, accuracies: list[float], recall: float = 0.5
     }
 
 
-def test_craft_says_what_helped_and_what_hurt(load: Load) -> None:
+def test_craft_says_what_helped_and_what_hurt(load_benchmark: Load) -> None:
     lines = [
         craft_line("base", 0, [0.50, 0.60, 0.70]),
         craft_line("base", 1, [0.52, 0.72, 0.62]),
@@ -177,7 +168,7 @@ def test_craft_says_what_helped_and_what_hurt(load: Load) -> None:
         craft_line("fifth_random", 1, [0.41, 0.36, 0.313]),
         craft_line("mixup_0.2", 0, [0.9, 0.9, 0.9]),
     ]
-    found = load("craft").report(lines)["sorted"]
+    found = load_benchmark("craft").report(lines)["sorted"]
     arms = found["arms"]
     assert {arm: row["verdict"] for arm, row in arms.items()} == {
         "base": "the base", "average_0.99": "helped", "class_weights": "no difference beyond noise",
@@ -196,8 +187,8 @@ def test_craft_says_what_helped_and_what_hurt(load: Load) -> None:
 # batch norms ---------------------------------------------------------------------------------------------
 
 
-def test_own_norms_begin_as_the_shared_ones_and_part(load: Load) -> None:
-    script = load("batch_norm_arms")
+def test_own_norms_begin_as_the_shared_ones_and_part(load_benchmark: Load) -> None:
+    script = load_benchmark("batch_norm_arms")
     few = script.fixed_set(SPACE)
     own, shared = script.OwnNorms(SPACE, few, seed=3).train(), Supernet(SPACE, seed=3).train()
     x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -218,8 +209,8 @@ def test_own_norms_begin_as_the_shared_ones_and_part(load: Load) -> None:
     assert not torch.allclose(own(x, few[1]), shared.eval()(x, few[1]), atol=1e-2)
 
 
-def test_own_norms_are_counted_and_others_refused(load: Load) -> None:
-    script = load("batch_norm_arms")
+def test_own_norms_are_counted_and_others_refused(load_benchmark: Load) -> None:
+    script = load_benchmark("batch_norm_arms")
     few = (SPACE.smallest, SPACE.largest)
     own, shared = script.OwnNorms(SPACE, few), Supernet(SPACE)
     assert script.trained_numbers(shared)["all"] == sum(parameter.numel() for parameter in shared.parameters())
@@ -232,8 +223,8 @@ def test_own_norms_are_counted_and_others_refused(load: Load) -> None:
             use(other)
 
 
-def test_batch_norm_arms_train_and_report(load: Load, data: Data, tmp_path: Path) -> None:
-    script = load("batch_norm_arms")
+def test_batch_norm_arms_train_and_report(load_benchmark: Load, data: Data, tmp_path: Path) -> None:
+    script = load_benchmark("batch_norm_arms")
     items = script.planned([0], 3, 0.05)
     lines = [{"item": item, **script.work(item, data, tmp_path / item["kind"], space=SPACE)} for item in items]
     assert len(lines[0]["as_trained"]) == len(script.fixed_set(SPACE)) == min(8, SPACE.size)
@@ -243,8 +234,8 @@ def test_batch_norm_arms_train_and_report(load: Load, data: Data, tmp_path: Path
     json.dumps(found, allow_nan=False)
 
 
-def test_batch_norm_arms_in_words(load: Load) -> None:
-    script = load("batch_norm_arms")
+def test_batch_norm_arms_in_words(load_benchmark: Load) -> None:
+    script = load_benchmark("batch_norm_arms")
     lines = [
         {
             "item": {"kind": kind, "seed": seed}, "rollbacks": 0.0,
@@ -267,8 +258,8 @@ def test_batch_norm_arms_in_words(load: Load) -> None:
 # arithmetic ----------------------------------------------------------------------------------------------
 
 
-def test_arithmetics_are_timed_and_trained(load: Load, data: Data, tmp_path: Path) -> None:
-    script = load("arithmetic")
+def test_arithmetics_are_timed_and_trained(load_benchmark: Load, data: Data, tmp_path: Path) -> None:
+    script = load_benchmark("arithmetic")
     speeds, trainings = script.planned([0], 2, 1)[:2], script.planned([0], 2, 1)[2:]
     assert [item["arm"] for item in trainings] == ["fp32", "fp32_channels_last", "bf16_channels_last"]
     items = [*speeds, trainings[1]]
@@ -285,8 +276,8 @@ def test_arithmetics_are_timed_and_trained(load: Load, data: Data, tmp_path: Pat
     json.dumps(script.report(lines, script.this_machine()), allow_nan=False)
 
 
-def test_arithmetic_report_takes_ratios_turn_by_turn(load: Load) -> None:
-    script = load("arithmetic")
+def test_arithmetic_report_takes_ratios_turn_by_turn(load_benchmark: Load) -> None:
+    script = load_benchmark("arithmetic")
     seconds = {"fp32": [4.0, 8.0, 2.0], "fp32_channels_last": [2.0, 2.0, 2.0], "bf16_channels_last": [1.0, 4.0, 1.0]}
     line = {"device": "cpu", "architecture": "a", "macs": 7, "batch": 64, "seconds": seconds}
     lines = [{"item": {"kind": "speed", "network": "largest"}, **line}]
@@ -311,23 +302,25 @@ class Fixed:
         return Step((Pass((SPACE.smallest,)), Pass((SPACE.largest,))), 0.5)
 
 
-def test_a_nan_is_planted_once(load: Load) -> None:
-    planted, fixed = load("planted_nan").Planted(Fixed(), 3), Fixed()
+def test_a_nan_is_planted_once(load_benchmark: Load) -> None:
+    planted, fixed = load_benchmark("planted_nan").Planted(Fixed(), 3), Fixed()
     for number in (0, 2, 4):
         assert planted.step(number) == fixed.step(number)
     assert all(np.isnan(one.weight) for one in planted.step(3).passes)
     assert planted.step(3) == fixed.step(3)  # after the rollback, and when asked what is watched
 
 
-def test_planted_steps_are_in_the_middle(load: Load) -> None:
-    script = load("planted_nan")
+def test_planted_steps_are_in_the_middle(load_benchmark: Load) -> None:
+    script = load_benchmark("planted_nan")
     found = [script.planted_at(seed, 100) for seed in range(200)]
     assert min(found) >= 10 and max(found) < 90 and len(set(found)) > 50
     assert script.planted_at(7, 100) == script.planted_at(7, 100)
 
 
-def test_a_planted_run_recovers_and_a_clean_one_does_not_notice(load: Load, data: Data, tmp_path: Path) -> None:
-    script = load("planted_nan")
+def test_a_planted_run_recovers_and_a_clean_one_does_not_notice(
+    load_benchmark: Load, data: Data, tmp_path: Path
+) -> None:
+    script = load_benchmark("planted_nan")
     settings = replace(QUICK, batch_size=48, evaluate_every=1)
     lines = [
         {"item": item, **script.work(item, data, tmp_path / item["arm"], space=SPACE, settings=settings)}
@@ -354,10 +347,10 @@ def planted_line(arm: str, seed: int, largest: float, repeated: int = 0) -> dict
     }
 
 
-def test_planted_report(load: Load) -> None:
+def test_planted_report(load_benchmark: Load) -> None:
     lines = [planted_line("clean", seed, 0.8 + seed / 100) for seed in range(3)]
     lines += [planted_line("planted", seed, 0.7 + seed / 101, repeated=4 + seed) for seed in range(3)]
-    found = load("planted_nan").report(lines)
+    found = load_benchmark("planted_nan").report(lines)
     assert found["accuracy"]["largest"]["arms"]["planted"]["verdict"] == "worse"
     assert found["accuracy"]["middle"]["arms"]["planted"]["verdict"] == "no difference beyond noise"
     assert found["accuracy"]["middle"]["arms"]["clean"]["std_between_seeds"] == pytest.approx(0.1)
@@ -367,9 +360,9 @@ def test_planted_report(load: Load) -> None:
 
 
 def test_the_command_does_one_piece_or_reports(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    load_benchmark: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = load("planted_nan")
+    script = load_benchmark("planted_nan")
     monkeypatch.setattr(script, "DIGITS_RECIPE", replace(script.DIGITS_RECIPE, batch_size=256))
     out = tmp_path / "planted.json"
     command = ["planted_nan.py", "--steps", "5", "--seeds", "0", "--runs", str(tmp_path / "runs"), "--out", str(out)]
@@ -391,9 +384,9 @@ def test_the_command_does_one_piece_or_reports(
 
 
 @pytest.mark.parametrize("name", ["sorted", "delayed", "attentive"])
-def test_budgets_are_kept(load: Load, name: str) -> None:
+def test_budgets_are_kept(load_benchmark: Load, name: str) -> None:
     """All planned steps added up by hand, forward once and backward twice, cost about the budget."""
-    equal = load("equal_flops")
+    equal = load_benchmark("equal_flops")
     budget = 2e10
     steps = equal.steps_within(name, budget)
     strategy = equal.STRATEGIES[name](equal.SPACE, 0, steps, replace(equal.RECIPE, strategy=name))
@@ -405,8 +398,8 @@ def test_budgets_are_kept(load: Load, name: str) -> None:
     assert spent == pytest.approx(budget, rel=0.1)  # so few steps are lucky or not
 
 
-def test_the_space_has_243_networks_and_all_strategies_the_same_rates(load: Load) -> None:
-    equal = load("equal_flops")
+def test_the_space_has_243_networks_and_all_strategies_the_same_rates(load_benchmark: Load) -> None:
+    equal = load_benchmark("equal_flops")
     items = equal.tuning(1e11)
     assert equal.SPACE.size == 243
     for arm in (*equal.STRATEGIES, "alone"):
@@ -423,8 +416,8 @@ def tuned_lines(equal: ModuleType, best: float) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_learning_rate_at_an_end_or_of_a_collapsed_training_is_not_chosen(load: Load) -> None:
-    equal = load("equal_flops")
+def test_a_learning_rate_at_an_end_or_of_a_collapsed_training_is_not_chosen(load_benchmark: Load) -> None:
+    equal = load_benchmark("equal_flops")
     lines = tuned_lines(equal, best=0.4)
     assert set(equal.best_rates(lines).values()) == {0.4}
     for line in lines:
@@ -436,8 +429,8 @@ def test_a_learning_rate_at_an_end_or_of_a_collapsed_training_is_not_chosen(load
         equal.best_rates(lines[:-7] + lines[-6:])
 
 
-def test_the_report_of_equal_flops(load: Load, rng: np.random.Generator) -> None:
-    equal = load("equal_flops")
+def test_the_report_of_equal_flops(load_benchmark: Load, rng: np.random.Generator) -> None:
+    equal = load_benchmark("equal_flops")
     macs = np.array([equal.SPACE.lower(one).macs for one in equal.SPACE.all()]) / 1e6
     lines = tuned_lines(equal, best=0.4)
     few = equal.chosen(equal.ALONE)

@@ -16,25 +16,21 @@ from hardware_profiles.memory import (
     UNLESS_SAME,
     peak_sram_bytes,
 )
+from hardware_profiles.tflite_writer import write_tflite
 from search_spaces import INT8, MobileNet, Network
 
 
-@pytest.fixture(autouse=True)
-def _beside_common(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments" / "benchmarks")
+@pytest.fixture
+def script(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("mcu_memory")
 
 
 @pytest.fixture
-def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("benchmarks/mcu_memory")
-
-
-@pytest.fixture
-def writer(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    made = load_script("benchmarks/tflite_writer")
+def arena_head_bytes(load_benchmark: Callable[[str], ModuleType]) -> Callable[[Path], int]:
+    made = load_benchmark("tflite_arena")
     if not made.has_tflite_micro():
         pytest.skip("needs the package tflite-micro")
-    return made
+    return made.arena_head_bytes
 
 
 # head of the arena in bytes, from print_allocations() of tflite-micro 0.dev20261023; the first four are MLPerf Tiny's
@@ -69,7 +65,7 @@ def test_the_reference_models_do_the_published_work(name: str, millions: float, 
 
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 def test_arenas_of_random_networks_are_those_of_tflite_micro(
-    padding: str, writer: ModuleType, tmp_path: Path, rng: np.random.Generator
+    padding: str, arena_head_bytes: Callable[[Path], int], tmp_path: Path, rng: np.random.Generator
 ) -> None:
     space = MobileNet(
         resolutions=(8, 13, 24, 37), precisions=("int8",), kernels=(3, 5), widths=(8, 16, 24), padding=padding
@@ -77,15 +73,9 @@ def test_arenas_of_random_networks_are_those_of_tflite_micro(
     for index in range(12):
         network = space.lower(space.sample(rng))
         path = tmp_path / f"{index}.tflite"
-        writer.write_tflite(network, path, seed=index)
+        path.write_bytes(write_tflite(network, rng))
         planned = peak_sram_bytes(network, TFLM_GREEDY, explicit_padding=UNLESS_SAME)
-        assert planned == writer.arena_head_bytes(path), (padding, index)
-
-
-def test_only_int8_is_written(writer: ModuleType, tmp_path: Path) -> None:
-    space = MobileNet(precisions=("fp32",))
-    with pytest.raises(ValueError, match="layer 'stem' is fp32; expected int8"):
-        writer.write_tflite(space.lower(space.smallest), tmp_path / "model.tflite")
+        assert planned == arena_head_bytes(path), (padding, index)
 
 
 def test_files_hold_what_is_computed_for_them(script: ModuleType, data_folder: Path) -> None:
