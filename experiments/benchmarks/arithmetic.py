@@ -1,9 +1,10 @@
-"""What training in bf16 with channels last is worth against fp32: images a second, and accuracy.
+"""What training in bf16 with channels last, and compiling, is worth against fp32: images a second, and accuracy.
 
     python experiments/benchmarks/arithmetic.py CIFAR10.npz [--rounds 10] [--steps 200] [--seeds 0 1 2]
 
 Speed: the largest and the smallest network of experiments/cifar10.yaml, forward, backward and SGD update as in
-training, in each arithmetic turn by turn, one thread. A ratio is the median over the rounds of the ratio of one turn;
+training, in each arithmetic and compiled by torch.compile, turn by turn, one thread; `compile_s` is how much longer
+the first compiled step takes than a later one. A ratio is the median over the rounds of the ratio of one turn;
 its quartiles are beside it. `images_per_s` is that of the median step.
 
 Accuracy: the supernet and recipe of equal_flops.py, trained for a few steps in each arithmetic with the same seeds,
@@ -40,6 +41,11 @@ from search_spaces import Architecture, SearchSpace
 TIMED = "cifar10"  # the recipe of what is timed
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")  # as Linux names them, on x86 and ARM
 BASE, TESTED = "fp32_channels_last", "bf16_channels_last"
+COMPILED = "fp32_channels_last, compiled"
+TIMED_ARMS: Mapping[str, Mapping[str, Any]] = {
+    **{name: {"arithmetic": name} for name in ARITHMETICS},
+    COMPILED: {"arithmetic": BASE, "compile": True},
+}
 WARM_UP = 2  # rounds that do not count: they allocate gradients and momentum
 NETWORKS = 8  # whose mean accuracy is compared
 TEST_IMAGES = 2000
@@ -85,26 +91,30 @@ def work(
 
 
 def speed(item: Item, data: Data, space: SearchSpace, settings: TrainSettings) -> Item:
-    """Seconds of each round's step, by arithmetic; the first of a round changes."""
+    """Seconds of each round's step, by arm; the first of a round changes."""
     architecture: Architecture = getattr(space, item["network"])
     with workers() as joined:
-        trained = [_Trained(space, architecture, data, settings, arithmetic, joined) for arithmetic in ARITHMETICS]
-        seconds: dict[str, list[float]] = {name: [] for name in ARITHMETICS}
+        trained = [
+            (name, _Trained(space, architecture, data, replace(settings, **changes), joined))
+            for name, changes in TIMED_ARMS.items()
+        ]
+        seconds: dict[str, list[float]] = {name: [] for name in TIMED_ARMS}
         for number in range(WARM_UP + item["rounds"]):
             first = number % len(trained)
-            for one in trained[first:] + trained[:first]:
-                seconds[one.runner.arithmetic].append(one.step(number))
+            for name, one in trained[first:] + trained[:first]:
+                seconds[name].append(one.step(number))
     return {
         "device": str(joined.device),
         "architecture": str(architecture),
         "macs": space.lower(architecture).macs,
         "batch": settings.batch_size,
+        "compile_s": seconds[COMPILED][0] - median(seconds[COMPILED][WARM_UP:]),
         "seconds": {name: found[WARM_UP:] for name, found in seconds.items()},
     }
 
 
 class _Trained:
-    """A network in training in one arithmetic, always on the same images."""
+    """A network in training, always on the same images."""
 
     def __init__(
         self,
@@ -112,11 +122,10 @@ class _Trained:
         architecture: Architecture,
         data: Data,
         settings: TrainSettings,
-        arithmetic: str,
         joined: Workers,
     ) -> None:
         supernet = Supernet(space, 0).to(joined.device)
-        self.runner = StepRunner(supernet, data, replace(settings, arithmetic=arithmetic), 0, joined)
+        self._runner = StepRunner(supernet, data, settings, 0, joined)
         self._optimizer = torch.optim.SGD(
             supernet.parameters(), lr=1e-5, momentum=settings.momentum, nesterov=settings.momentum > 0
         )
@@ -128,7 +137,7 @@ class _Trained:
         """Seconds."""
         start = time.perf_counter()
         self._optimizer.zero_grad(set_to_none=True)
-        self.runner.gradients(self._plan, number, 10**6, 0, [self._batch])
+        self._runner.gradients(self._plan, number, 10**6, 0, [self._batch])
         self._optimizer.step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -157,9 +166,10 @@ def report(lines: Sequence[Mapping[str, Any]], machine: Machine) -> dict[str, An
 
 def speed_row(line: Mapping[str, Any]) -> dict[str, Any]:
     seconds, batch = line["seconds"], line["batch"]
-    pairs = [(TESTED, "fp32"), (TESTED, BASE), (BASE, "fp32")]
+    pairs = [(TESTED, "fp32"), (TESTED, BASE), (BASE, "fp32"), (COMPILED, BASE)]
     return {
         **{name: line[name] for name in ("device", "architecture", "macs", "batch")},
+        "compile_s": round(line["compile_s"], 1),
         "images_per_s": {name: round(batch / median(found), 1) for name, found in seconds.items()},
         "times_as_fast": {f"{a} / {b}": _ratio(seconds[a], seconds[b]) for a, b in pairs},
     }
@@ -185,6 +195,8 @@ def in_words(has: Sequence[str], speeds: Mapping[str, Any], tested: Mapping[str,
         for other in ("fp32", BASE):
             ratio = row["times_as_fast"][f"{TESTED} / {other}"]["median"]
             said.append(f"The {name} network trains {ratio:.2f} times as fast in {TESTED} as in {other}.")
+        ratio = row["times_as_fast"][f"{COMPILED} / {BASE}"]["median"]
+        said.append(f"Compiled in {row['compile_s']:.0f} s, it trains {ratio:.2f} times as fast as not compiled.")
     if "difference" in tested:
         interval = "" if tested["interval"] is None else f" (give or take {100 * tested['interval']:.2f})"
         gap = f"{100 * tested['difference']:+.2f} points{interval}"

@@ -436,6 +436,7 @@ def test_the_largest_and_the_smallest_are_compiled(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler of torch meets its own
 def test_a_compiled_network_has_the_gradients_of_one_that_is_not() -> None:
     held, other = runner(compile=True), runner()
     for one in (held, other):
