@@ -78,7 +78,9 @@ def read_measurements(
     said = {"device": device, "threads": str(threads)}
     rows: dict[Architecture, list[_Row]] = {}
     bad: list[str] = []
+    count = 0
     for line, cells in _lines(path):
+        count += 1
         try:
             row = _row(cells, space, by_id)
             _agree(cells, said)
@@ -88,7 +90,8 @@ def read_measurements(
             rows.setdefault(row.architecture, []).append(row)
     if bad:
         more = f"; and {len(bad) - MOST_TOLD} more" if len(bad) > MOST_TOLD else ""
-        raise InvalidMeasurements(f"{path}: {'; '.join(bad[:MOST_TOLD])}{more}")
+        told = f"{count - len(bad)} of {count} rows are measurements of {space.name}"
+        raise InvalidMeasurements(f"{path}: {'; '.join(bad[:MOST_TOLD])}{more} ({told})")
     if not rows:
         raise InvalidMeasurements(f"{path}: expected measurements below the header, got none")
     conditions = (device, said.get("runtime", runtime), threads, 1)
@@ -113,6 +116,15 @@ def write_measurements(path: Path, measurements: Mapping[Architecture, Measureme
         p = m.provenance
         numbers = (m.latency_ms, m.p50_ms, m.p95_ms, m.spread, m.rounds, m.runs_per_round, m.outliers, p.anchor_ms)
         writer.writerow([architecture, architecture.id, *numbers, p.device, p.runtime, p.threads, p.cpu, p.date])
+    write_text(path, text.getvalue())
+
+
+def write_unmeasured(path: Path, architectures: Iterable[Architecture]) -> None:
+    """Write a CSV file of architectures whose latencies are still to be filled in."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("architecture", "id", "latency_ms"))
+    writer.writerows((architecture, architecture.id, "") for architecture in architectures)
     write_text(path, text.getvalue())
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hardware_profiles import DeviceProfile, LatencyModel
     from hardware_profiles.device import EnergyModel
     from nas.front import ParetoFront
+    from nas.pipeline import Run
 
 DONE, FAILED, BAD_INPUT, INFEASIBLE = 0, 1, 2, 3
 FIT_ONLY = ("resolutions", "widths", "samples", "seed", "plot")  # options of 'nas spaces --fit' alone
@@ -145,9 +146,33 @@ def _profile(parsed: argparse.Namespace) -> None:
     listed = {device.name: device for device in run.experiment.devices}
     settings = listed.get(parsed.device, DeviceSettings(parsed.device))
     given = {"samples": parsed.samples, "error": parsed.error}
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
-    _, device = run.profile(settings)
+    given = {name: value for name, value in given.items() if value is not None}
+    if parsed.measurements and given:
+        raise ValueError(f"--{next(iter(given))} says what to measure; --measurements takes what the file holds")
+    if parsed.plan:
+        _plan(run, parsed)
+        return
+    if parsed.measurements:
+        _, device = run.profile_measured(settings, parsed.measurements)
+    else:
+        _, device = run.profile(replace(settings, **given))
     print(_summary_of_device(device))
+
+
+def _plan(run: Run, parsed: argparse.Namespace) -> None:
+    """Write what to measure, for who measures it."""
+    from hardware_profiles import load_device
+    from nas.offline import write_plan
+
+    samples = parsed.samples or 10
+    device = load_device(parsed.device)
+    models = write_plan(run.space, device, parsed.plan, samples=samples, seed=run.experiment.seed)
+    print(
+        f"{samples} subnets to measure on {device.name}, float input 'input', batch 1:\n"
+        f"models:  {models}/ID.onnx\n"
+        f"fill in: {parsed.plan}, column latency_ms\n"
+        f"then:    nas profile {parsed.run} --device {parsed.device} --measurements {parsed.plan}"
+    )
 
 
 def _search(parsed: argparse.Namespace) -> None:
@@ -551,6 +576,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--error", type=float, metavar="SHARE", help="stop at this held-out error (half the 90 %% interval; 0.05)"
     )
+    measured = profile.add_mutually_exclusive_group()
+    measured.add_argument("--plan", type=Path, metavar="FILE.csv", help="write what to measure, and measure nothing")
+    measured.add_argument("--measurements", type=Path, metavar="FILE.csv", help="fit on what was measured elsewhere")
     search = verb("search", _search, "Search the trained supernet of a run and measure the front.")
     search.add_argument("--confidence", type=float, help="0.95: latency limits hold for the upper end of the interval")
     search.add_argument("--trials", type=_positive, help="distinct architectures to evaluate")

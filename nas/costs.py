@@ -107,6 +107,11 @@ class ProfiledDevice:
         return tuple(Limit(name, "<=", float(most), self.name, None, self) for name, most in held.items() if most)
 
     @property
+    def is_at_hand(self) -> bool:
+        """Whether it is this machine, which may be measured at any time; not what a file of measurements is of."""
+        return self.profile.is_at_hand and not (self.predictor and "file" in self.predictor.provenance)
+
+    @property
     def has_latency(self) -> bool:
         """Whether latencies can be predicted; a device that is measured needs a predictor, see `nas.profile`."""
         return self.predictor is not None or not self.profile.is_measured

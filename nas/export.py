@@ -247,7 +247,7 @@ def _latencies(
             found["predicted"] = believed.to_dict()
         else:
             found["not_predicted"] = str(error)
-    if device.profile.is_at_hand:
+    if device.is_at_hand:
         try:
             found["measured"] = measure({"model": content}, device.profile, patience_s=patience_s)["model"].to_json()
         except NoisyMachine as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -21,6 +21,7 @@ from nas.data import Data, load_data
 from nas.distributed import is_first_process
 from nas.export import export, export_key
 from nas.front import Evaluation, ParetoFront
+from nas.offline import profile_measured
 from nas.profile import check_predictor, profile
 from nas.remeasure import remeasure
 from nas.search import Costs, Evaluator, devices_of, search, storage_url, study_name
@@ -73,8 +74,9 @@ class Run:
         write_text(self.folder / "experiment.yaml", yaml.safe_dump(content, sort_keys=False))
 
     @classmethod
-    def open(cls, folder: Path) -> Run:
+    def open(cls, folder: str | Path) -> Run:
         """A run that exists; raises BadExperiment where there is none."""
+        folder = Path(folder)
         path = folder / "experiment.yaml"
         if not path.is_file():
             raise BadExperiment(f"{folder} is no run directory: it has no experiment.yaml; make one with 'nas run'")
@@ -151,18 +153,40 @@ class Run:
 
         The only place where the command of a device file is run.
         """
-        device = self.device(settings, may_run_commands=True)
+        device = self.device(settings, asked_for=True)
+        return self._with_device(settings, device), device
+
+    def profile_measured(self, settings: DeviceSettings, file: Path) -> tuple[Run, ProfiledDevice]:
+        """The same from a CSV file of measurements; see `nas.offline.profile_measured`."""
+        device = profile_measured(self.space, load_device(settings.name), file, seed=self.experiment.seed)
+        assert device.predictor is not None
+        told = device.predictor.provenance
+        self._keep(device, {"space": self.space.name, "measurements": {key: told[key] for key in ("file", "sha256")}})
+        return self._with_device(settings, device), device
+
+    def _with_device(self, settings: DeviceSettings, device: ProfiledDevice) -> Run:
         if settings in self.experiment.devices:
-            return self, device
+            return self
         others = [held for held in self.experiment.devices if load_device(held.name).name != device.name]
         run = Run(self.folder, replace(self.experiment, devices=(*others, settings)))
         run._write()
-        return run, device
+        return run
 
-    def device(self, settings: DeviceSettings, *, may_run_commands: bool = False) -> ProfiledDevice:
+    def _keep(self, device: ProfiledDevice, made_from: Mapping[str, Any]) -> None:
+        """Write the predictor of a device, and what it was made from."""
+        path, about = self._predictor_paths(device.name)
+        assert device.predictor is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        device.predictor.save(path)
+        write_json(about, {**made_from, "sha256": sha256_of(path)})
+
+    def device(self, settings: DeviceSettings, *, asked_for: bool = False) -> ProfiledDevice:
         """A device, profiled now unless the run has its predictor for this space.
 
-        Raises BadExperiment where that needs a command to be run and `may_run_commands` does not allow it.
+        A predictor that was made from a file of measurements serves whatever the settings say of samples and error.
+
+        Raises BadExperiment where `asked_for`, by `nas profile`, is needed to run a command, and where it would put
+        measurements of this machine in the place of those of a file.
         """
         described = load_device(settings.name)
         if not described.is_measured:
@@ -170,10 +194,20 @@ class Run:
         path, about = self._predictor_paths(described.name)
         plan = {"samples": settings.samples, "error": settings.error, "seed": self.experiment.seed}
         wanted = {"space": self.space.name, **plan}
-        if path.exists() and about.exists() and read_json(about) == wanted | {"sha256": sha256_of(path)}:
+        held: dict[str, Any] = read_json(about) if path.exists() and about.exists() else {}
+        digest = held.pop("sha256", None)
+        if digest is None or digest != sha256_of(path):
+            held = {}
+        from_file = held if "measurements" in held and held["space"] == self.space.name else {}
+        if held == wanted or (from_file and not asked_for):
             return ProfiledDevice(described, load_predictor(path))
         command = described.latency_model.command
-        if command is not None and not may_run_commands:
+        if from_file and command is None:
+            raise BadExperiment(
+                f"{described.name} was profiled on the measurements in {from_file['measurements']['file']}; "
+                f"give --measurements again, or delete {path} to measure this machine"
+            )
+        if command is not None and not asked_for:
             raise BadExperiment(
                 f"{described.name} is measured by a command, which only 'nas profile' runs: "
                 f"read it ({command.command}), then run 'nas profile {self.folder} --device {settings.name}'"
@@ -191,10 +225,7 @@ class Run:
                 patience_s=self.experiment.patience_s,
                 record=path.with_name(f"{described.name}.measured.json"),
             )
-        assert profiled.predictor is not None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiled.predictor.save(path)
-        write_json(about, wanted | {"sha256": sha256_of(path)})
+        self._keep(profiled, wanted)
         return profiled
 
     def _predictor_paths(self, name: str) -> tuple[Path, Path]:
@@ -237,7 +268,7 @@ class Run:
         """Held-out checks of the predictors of measured devices, kept beside them."""
         found = {}
         for name, device in self.devices.items():
-            if device.predictor is None or not device.profile.is_at_hand:
+            if device.predictor is None or not device.is_at_hand:
                 continue
             path = self.folder / "devices" / f"{name}.check.json"
             if not path.exists() or read_json(path).get("predictor") != device.key:

@@ -22,8 +22,7 @@ from hardware_profiles.onnx_writer import random_ranges, random_weights, write_o
 from nas.costs import ProfiledDevice
 from nas.progress import progress_bar
 from nas.sampling import sample_spread
-from predictors import KnownDevice, LatencyPredictor, NewDevicePredictor, choose_samples, most_uncertain
-from predictors.new_device import source_latencies, usable
+from predictors import KnownDevice, LatencyPredictor, NewDevicePredictor, choose_networks, most_uncertain
 from predictors.regression import matrix_of
 from search_spaces import Architecture, Network, SearchSpace
 
@@ -58,7 +57,7 @@ def profile(
     What is measured is this machine, or, where the profile has a command, what the command reaches: it is run.
 
     With fewer than 48 samples the device is learned with the help of the shipped ones: the samples are chosen to be
-    informative, and what the known devices are predicted to take is put together for it (`predictors.transfer`).
+    informative, and prices are drawn towards those of the known devices (`predictors.prices`).
 
     Else the first subnets are the extremes and a spread over MACs and precisions. Then, batch by batch, half are drawn
     like those and half are what the predictor is least sure of, until its held-out error is small enough or `samples`
@@ -104,28 +103,51 @@ def _profile_new(
     space: SearchSpace, device: DeviceProfile, *, samples: int, seed: int, patience_s: float, record: Path | None
 ) -> ProfiledDevice:
     """A device of which only a few subnets are measured."""
-    spread = _shuffled_spread(space, POOL, [seed, 8])
-    pool = [one for one in spread if not device.illegal_layers(space.lower(one))]
-    networks = [space.lower(one) for one in pool]
-    if len(pool) < samples:
-        raise ValueError(f"{len(pool)} subnets of the space can run on {device.name}; expected {samples} or more")
-    known = usable(_known_devices(device), networks)
-    places = choose_samples(source_latencies(known, networks), samples, seed)
+    chosen = informative(space, device, samples, seed)
     found = _read_record(record, space)
-    chosen = [pool[int(place)] for place in places]
     missing = [one for one in chosen if str(one) not in found]
     if missing:
         new = measure_untrained(space, missing, device, seed=seed, patience_s=patience_s, record=record)
         found = _of_one_kind(found, {str(one): new[one.id] for one in missing})
         _write_record(record, space, found)
-    latency_ms = [found[str(one)].latency_ms for one in chosen]
-    return ProfiledDevice(
-        device, NewDevicePredictor().fit(networks, places, latency_ms, known, _provenance(chosen, found))
-    )
+    return ProfiledDevice(device, fit_few(space, device, {one: found[str(one)] for one in chosen}, seed=seed))
 
 
-def _known_devices(new: DeviceProfile) -> list[KnownDevice]:
-    """The shipped devices that were measured; one that has a single precision is asked as if networks were in that."""
+def informative(space: SearchSpace, device: DeviceProfile, samples: int, seed: int) -> list[Architecture]:
+    """The subnets to measure where they are few: those that tell most about all others, then random ones.
+
+    Raises ValueError where fewer subnets than `samples` can run on the device.
+    """
+    pool = _pool(space, device, seed)
+    if len(pool) < samples:
+        raise ValueError(f"{len(pool)} subnets of the space can run on {device.name}; expected {samples} or more")
+    return [pool[int(place)] for place in choose_networks([space.lower(one) for one in pool], samples, seed)]
+
+
+def fit_few(
+    space: SearchSpace,
+    device: DeviceProfile,
+    measured: Mapping[Architecture, Measurement],
+    *,
+    seed: int,
+    source: Mapping[str, str] | None = None,
+) -> NewDevicePredictor:
+    """A predictor from few measurements; `source` is added to its provenance."""
+    everything = list(dict.fromkeys([*measured, *_pool(space, device, seed)]))
+    networks = [space.lower(one) for one in everything]
+    latency_ms = [one.latency_ms for one in measured.values()]
+    told = {**provenance_of(measured), **(source or {})}
+    return NewDevicePredictor().fit(networks, range(len(measured)), latency_ms, known_devices(device), told)
+
+
+def _pool(space: SearchSpace, device: DeviceProfile, seed: int) -> list[Architecture]:
+    """Subnets of all sizes that can run on the device."""
+    spread = shuffled_spread(space, POOL, [seed, 8])
+    return [one for one in spread if not device.illegal_layers(space.lower(one))]
+
+
+def known_devices(new: DeviceProfile) -> list[KnownDevice]:
+    """The shipped devices that were measured."""
     found = []
     for name in device_names():
         shipped = load_device(name)
@@ -144,7 +166,7 @@ class _Plan:
         self.space, self.samples, self.seed = space, samples, seed
         self.extremes = [space.unpatched(one) for one in _extremes(space, device)]  # what is measured runs whole
         # one spread after the other, so that who asks for more samples keeps those there are
-        spreads = [_shuffled_spread(space, FEWEST_SAMPLES, [seed, 8, i]) for i in range(-(-samples // FEWEST_SAMPLES))]
+        spreads = [shuffled_spread(space, FEWEST_SAMPLES, [seed, 8, i]) for i in range(-(-samples // FEWEST_SAMPLES))]
         self.drawn = list(dict.fromkeys(one for spread in spreads for one in spread))[:samples]
         self.taken = FEWEST_SAMPLES
         self.picked: list[Architecture] = []
@@ -191,16 +213,19 @@ def _fit(
     predictor = LatencyPredictor(seed=seed)
     networks = [plan.space.lower(one) for one in measured]
     latencies = [found[str(one)].latency_ms for one in measured]
-    provenance = {**_provenance(measured, found), "history": list(history)}  # of the batches before: (subnets, error)
+    provenance = {
+        **provenance_of({one: found[str(one)] for one in measured}),
+        "history": list(history),
+    }  # of the batches before: (subnets, error)
     processes = [found[str(one)].provenance.date for one in measured]
     predictor.fit(networks, latencies, provenance, representative=plan.representative, groups=processes)
     history.append((len(measured), round(predictor.report()["relative_error_90"], 5)))
     return predictor
 
 
-def _provenance(measured: Sequence[Architecture], found: Mapping[str, Measurement]) -> dict[str, Any]:
+def provenance_of(measured: Mapping[Architecture, Measurement]) -> dict[str, Any]:
     """How the subnets that a predictor is fitted on were measured."""
-    first = found[str(measured[0])].provenance
+    first = next(iter(measured.values())).provenance
     return {
         "device": first.device,
         "runtime": first.runtime,
@@ -243,7 +268,8 @@ def _write_record(path: Path | None, space: SearchSpace, found: Mapping[str, Mea
         write_json(path, {"schema": RECORD_SCHEMA, "space": space.name, "measurements": held})
 
 
-def _shuffled_spread(space: SearchSpace, count: int, seed: Sequence[int]) -> list[Architecture]:
+def shuffled_spread(space: SearchSpace, count: int, seed: Sequence[int]) -> list[Architecture]:
+    """`sample_spread`, in random order and without patches."""
     rng = np.random.default_rng(seed)
     spread = list(dict.fromkeys(map(space.unpatched, sample_spread(space, count, rng))))
     return [spread[int(i)] for i in rng.permutation(len(spread))]

@@ -41,7 +41,7 @@ def remeasure(
     chosen = _layers([*front.points, *front.others], front, candidates)
     items: list[Item] = [*front.objectives, *front.limits]
     asked = {item.key for item in items}
-    live = [d for d in devices.values() if d.profile.is_at_hand and f"latency_ms@{d.name}" in asked]
+    live = [d for d in devices.values() if d.is_at_hand and f"latency_ms@{d.name}" in asked]
     figures: dict[str, dict[str, Figure]] = {e.id: dict(e.figures) for e in chosen}
     models: dict[str, bytes] = {}
     for evaluation in progress_bar(chosen, desc="front", unit="arch"):

@@ -8,9 +8,9 @@ from pathlib import Path
 from hardware_profiles.cost_model import Prediction, UnsupportedLayer
 from predictors.code_tables import CodeTables
 from predictors.latency import LatencyPredictor, NotFitted
-from predictors.new_device import SCHEMA as NEW_DEVICE
-from predictors.new_device import KnownDevice, NewDevicePredictor
+from predictors.new_device import NewDevicePredictor
 from predictors.plan import most_uncertain
+from predictors.prices import KnownDevice, choose_networks
 from predictors.transfer import Latencies, TransferredPredictor, choose_samples
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Prediction",
     "TransferredPredictor",
     "UnsupportedLayer",
+    "choose_networks",
     "choose_samples",
     "load_predictor",
     "most_uncertain",
@@ -35,6 +36,5 @@ def load_predictor(path: str | Path) -> LatencyPredictor | NewDevicePredictor:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); expected a saved latency predictor") from None
-    if isinstance(document, dict) and document.get("schema") == NEW_DEVICE:
-        return NewDevicePredictor.from_json(document, path)
-    return LatencyPredictor.load(path)
+    is_new = isinstance(document, dict) and document.get("schema") == NewDevicePredictor.SCHEMA
+    return (NewDevicePredictor if is_new else LatencyPredictor).load(path)

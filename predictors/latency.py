@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -23,8 +23,6 @@ from predictors.regression import (
 )
 from search_spaces import Network, SearchSpace
 
-SCHEMA = "fitnest.latency_predictor"
-VERSION = 1
 FEWEST_NETWORKS = 10  # nine are needed for a 90 % interval, and one to be left out
 
 
@@ -32,22 +30,13 @@ class NotFitted(RuntimeError):
     """The predictor was asked for something that only a fitted one has."""
 
 
-class LatencyPredictor:
-    """Latency as a sum over layers, with non-negative coefficients of least squared relative error.
+class AdditivePredictor:
+    """A fitted sum over layers, with an interval that is a share of the prediction to either side."""
 
-    The 90 % interval is a share of the prediction to either side, by conformal prediction on the residuals of
-    cross-validation. It holds for networks drawn like those of the fit.
+    SCHEMA: ClassVar[str]
+    VERSION: ClassVar[int]
 
-    Args:
-        folds: parts of the cross-validation.
-        seed: of the split into folds; the same measurements and seed give the same predictor.
-    """
-
-    def __init__(self, *, folds: int = 10, seed: int = 0) -> None:
-        if folds < 2:
-            raise ValueError(f"expected at least two folds, got {folds}")
-        self.folds = folds
-        self.seed = seed
+    def __init__(self) -> None:
         self._model: AdditiveModel | None = None
         self._relative_error = 0.0
         self._report: dict[str, Any] = {}
@@ -64,6 +53,83 @@ class LatencyPredictor:
         """How the latencies it was fitted on were measured."""
         _ = self.model
         return dict(self._provenance)
+
+    def predict(self, networks: Iterable[Network]) -> list[Prediction]:
+        """A prediction for each network; raises NotFitted, and UnsupportedLayer for a layer never measured."""
+        model = self.model
+        return [predicted(model.latency_ms(network), self._relative_error) for network in networks]
+
+    def table(self, space: SearchSpace) -> LatencyTable:
+        """The predictor compiled for a space: predictions for (n, number of choices) codes, a million in a second.
+
+        Raises NotFitted. A layer never measured makes a prediction infinite there, since others may be fine.
+        """
+        return LatencyTable(space, self.model, self._relative_error)
+
+    def report(self) -> dict[str, Any]:
+        """Errors on networks left out of the fit, and those of a line through the MACs on the same folds.
+
+        mape, median_error, max_error and within_10_percent are shares; relative_error_90 is half the interval.
+        """
+        _ = self.model
+        return json.loads(json.dumps(self._report))
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        write_text(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": self.SCHEMA,
+            "version": self.VERSION,
+            "constant_ms": self.model.constant_ms,
+            "coefficients_ms": dict(self.model.coefficients),
+            "relative_error_90": self._relative_error,
+            "report": self._report,
+            "provenance": self._provenance,
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read back what `save` wrote; raises ValueError, saying what is wrong, for any other file."""
+        document = _read(Path(path), cls.SCHEMA, cls.VERSION)
+        try:
+            predictor = cls._empty(document)
+            coefficients = {str(name): float(value) for name, value in document["coefficients_ms"].items()}
+            predictor._model = AdditiveModel(coefficients, float(document["constant_ms"]))
+            predictor._relative_error = float(document["relative_error_90"])
+            predictor._report = dict(document["report"])
+            predictor._provenance = dict(document["provenance"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged latency predictor ({error!r}); fit it again") from None
+        return predictor
+
+    @classmethod
+    def _empty(cls, document: Mapping[str, Any]) -> Self:
+        """One that is not fitted, with the settings of a saved one."""
+        return cls()
+
+
+class LatencyPredictor(AdditivePredictor):
+    """Latency as a sum over layers, with non-negative coefficients of least squared relative error.
+
+    The 90 % interval is a share of the prediction to either side, by conformal prediction on the residuals of
+    cross-validation. It holds for networks drawn like those of the fit.
+
+    Args:
+        folds: parts of the cross-validation.
+        seed: of the split into folds; the same measurements and seed give the same predictor.
+    """
+
+    SCHEMA = "fitnest.latency_predictor"
+    VERSION = 1
+
+    def __init__(self, *, folds: int = 10, seed: int = 0) -> None:
+        if folds < 2:
+            raise ValueError(f"expected at least two folds, got {folds}")
+        super().__init__()
+        self.folds = folds
+        self.seed = seed
 
     def fit(
         self,
@@ -110,55 +176,12 @@ class LatencyPredictor:
         self._provenance = dict(provenance or {})
         return self
 
-    def predict(self, networks: Iterable[Network]) -> list[Prediction]:
-        """A prediction for each network; raises NotFitted, and UnsupportedLayer for a layer never measured."""
-        model = self.model
-        return [predicted(model.latency_ms(network), self._relative_error) for network in networks]
-
-    def table(self, space: SearchSpace) -> LatencyTable:
-        """The predictor compiled for a space: predictions for (n, number of choices) codes, a million in a second.
-
-        Raises NotFitted. A layer never measured makes a prediction infinite there, since others may be fine.
-        """
-        return LatencyTable(space, self.model, self._relative_error)
-
-    def report(self) -> dict[str, Any]:
-        """Errors on networks left out of the fit, and those of a line through the MACs on the same folds.
-
-        mape, median_error, max_error and within_10_percent are shares; relative_error_90 is half the interval.
-        """
-        _ = self.model
-        return json.loads(json.dumps(self._report))
-
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON, whole or not at all."""
-        document = {
-            "schema": SCHEMA,
-            "version": VERSION,
-            "folds": self.folds,
-            "seed": self.seed,
-            "constant_ms": self.model.constant_ms,
-            "coefficients_ms": dict(self.model.coefficients),
-            "relative_error_90": self._relative_error,
-            "report": self._report,
-            "provenance": self._provenance,
-        }
-        write_text(Path(path), json.dumps(document, indent=1, allow_nan=False) + "\n")
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "folds": self.folds, "seed": self.seed}
 
     @classmethod
-    def load(cls, path: str | Path) -> LatencyPredictor:
-        """Read back what `save` wrote; raises ValueError, saying what is wrong, for any other file."""
-        document = _read(Path(path))
-        try:
-            predictor = cls(folds=int(document["folds"]), seed=int(document["seed"]))
-            coefficients = {str(name): float(value) for name, value in document["coefficients_ms"].items()}
-            predictor._model = AdditiveModel(coefficients, float(document["constant_ms"]))
-            predictor._relative_error = float(document["relative_error_90"])
-            predictor._report = dict(document["report"])
-            predictor._provenance = dict(document["provenance"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is a damaged latency predictor ({error!r}); fit it again") from None
-        return predictor
+    def _empty(cls, document: Mapping[str, Any]) -> Self:
+        return cls(folds=int(document["folds"]), seed=int(document["seed"]))
 
 
 def _check(matrix: np.ndarray, latency: np.ndarray) -> None:
@@ -179,16 +202,16 @@ def _check_judged(judged: np.ndarray, matrix: np.ndarray) -> None:
         raise ValueError(f"expected at least {FEWEST_NETWORKS} distinct representative networks, got {distinct}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, schema: str, version: int) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); expected a saved latency predictor") from None
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not a saved latency predictor; expected a JSON object with schema {SCHEMA!r}")
-    if document.get("version") != VERSION:
+    if not isinstance(document, dict) or document.get("schema") != schema:
+        raise ValueError(f"{path} is not a saved latency predictor; expected a JSON object with schema {schema!r}")
+    if document.get("version") != version:
         raise ValueError(
-            f"{path} is a latency predictor of version {document.get('version')!r}, this program reads {VERSION}; "
+            f"{path} is a latency predictor of version {document.get('version')!r}, this program reads {version}; "
             "fit it again"
         )
     return document

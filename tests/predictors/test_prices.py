@@ -1,0 +1,127 @@
+"""Prices of a new device against a search for the most probable ones, refitting, and designs by brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from predictors import choose_networks
+from predictors import prices as module
+from predictors.prices import Amounts, Bases, covariance, fit_prices
+from search_spaces import MobileNet, Network
+
+NAMES = ("conv.fp32.macs", "conv.int8.macs", "pointwise.int8.macs", "pointwise.int8.bytes", module.CONSTANT)
+NOISE = 0.05
+
+
+def made(seed: int, count: int = 30) -> tuple[Amounts, Bases, np.ndarray]:
+    """Random amounts, one price list, and latencies of prices that depart from it."""
+    rng = np.random.default_rng(seed)
+    amounts = Amounts(NAMES, rng.uniform(0.0, 1.0, (count, len(NAMES))))
+    base = np.log(rng.uniform(0.5, 2.0, len(NAMES)))
+    latency_ms = amounts.matrix @ np.exp(base + rng.normal(0, 0.5, len(NAMES)))
+    noisy = latency_ms * np.exp(rng.normal(0, NOISE, count))
+    return amounts, Bases(("typical",), base[None], np.ones(1)), noisy
+
+
+def most_probable(amounts: np.ndarray, base: np.ndarray, latency_ms: np.ndarray) -> np.ndarray:
+    """Prices that minimise the negative log posterior, by a general optimiser."""
+    inverse = np.linalg.inv(covariance(NAMES))
+    base = base + np.log(latency_ms).mean() - np.log(amounts @ np.exp(base)).mean()
+
+    def loss(theta: np.ndarray) -> float:
+        residual = np.log(latency_ms) - np.log(amounts @ np.exp(base + theta))
+        return float(residual @ residual / NOISE**2 + theta @ inverse @ theta) / 2
+
+    found = minimize(loss, np.zeros(len(base)), method="BFGS", options={"gtol": 1e-8})
+    return np.exp(base + found.x)
+
+
+def test_the_prior_says_what_features_share() -> None:
+    found = covariance(NAMES)
+    d = {letters: value**2 for letters, value in module.DEPARTURES.items()}
+    assert found[0, 0] == pytest.approx(sum(d.values()))
+    assert found[0, 1] == pytest.approx(d[""] + d["q"] + d["f"] + d["fq"])  # conv MACs in two precisions
+    assert found[1, 2] == pytest.approx(d[""] + d["q"] + d["p"] + d["qp"])  # int8 MACs of two families
+    assert found[2, 3] == pytest.approx(d[""] + d["f"] + d["p"] + d["fp"])  # one kernel, two quantities
+    assert found[0, 3] == pytest.approx(d[""]) and (np.linalg.eigvalsh(found) > 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_prices_are_the_most_probable(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NOISES", np.array([NOISE]))
+    amounts, bases, latency_ms = made(seed)
+    chosen = np.arange(8)
+    fitted = fit_prices(amounts, chosen, latency_ms[chosen], bases)
+    wanted = most_probable(amounts.matrix[chosen], bases.log_prices[0], latency_ms[chosen])
+    assert fitted.prices_ms == pytest.approx(wanted, rel=2e-3)
+    assert fitted.sources == {"typical": 1.0}
+
+
+def test_left_out_predictions_are_nearly_those_of_fitting_again() -> None:
+    amounts, bases, latency_ms = made(4)
+    chosen = np.arange(10)
+    fitted = fit_prices(amounts, chosen, latency_ms[chosen], bases)
+    for out in chosen:
+        kept = np.delete(chosen, out)
+        again = amounts.matrix[out] @ fit_prices(amounts, kept, latency_ms[kept], bases).prices_ms
+        assert fitted.left_out_ms[out] == pytest.approx(again, rel=0.03)
+
+
+def test_a_price_list_that_explains_the_samples_gets_the_weight() -> None:
+    amounts, bases, _ = made(5)
+    rng = np.random.default_rng(0)
+    true = bases.log_prices[0] + rng.normal(0, 0.7, len(NAMES))
+    lists = np.stack([bases.log_prices[0] + rng.normal(0, 0.7, len(NAMES)), true])
+    latency_ms = 100 * amounts.matrix @ np.exp(true)
+    three = Bases(("typical", "right"), lists, np.array([0.5, 0.5]))
+    fitted = fit_prices(amounts, np.arange(6), latency_ms[:6], three)
+    assert fitted.sources["right"] > 0.8
+    assert amounts.matrix @ fitted.prices_ms == pytest.approx(latency_ms, rel=0.05)
+
+
+def test_more_noise_makes_wider_intervals() -> None:
+    widths = []
+    for noise in (0.01, 0.05, 0.2):
+        amounts, bases, latency_ms = made(6)
+        noisy = latency_ms * np.exp(np.random.default_rng(1).normal(0, noise, len(latency_ms)))
+        widths.append(fit_prices(amounts, np.arange(20), noisy[:20], bases).relative_error)
+    assert widths == sorted(widths) and widths[-1] > 0.2
+
+
+@pytest.fixture(scope="module")
+def networks() -> list[Network]:
+    space, rng = MobileNet(resolutions=(8,), widths=(8, 16), depths=(1, 2, 3)), np.random.default_rng(0)
+    return [space.lower(space.sample(rng)) for _ in range(40)]
+
+
+def test_the_first_samples_leave_the_least_variance(networks: list[Network]) -> None:
+    """Against conditioning the Gaussian process on each candidate in turn."""
+    chosen = choose_networks(networks, 10, 0)
+    assert len(set(chosen.tolist())) == 10
+    amounts = Amounts.of(networks)
+    typical = [module.TYPICAL[name.rpartition(".")[2]] for name in amounts.names]
+    shares = amounts.matrix * typical
+    shares /= shares.sum(axis=1, keepdims=True)
+    prior = shares @ covariance(amounts.names) @ shares.T
+    noise = float(np.median(module.NOISES)) ** 2
+
+    def variance(rows: list[int]) -> float:
+        across = prior[:, rows]
+        left = prior - across @ np.linalg.inv(prior[np.ix_(rows, rows)] + noise * np.eye(len(rows))) @ across.T
+        return float(np.trace(left))
+
+    taken: list[int] = []
+    for found in chosen[:7].tolist():
+        best = min(variance([*taken, row]) for row in range(len(networks)) if row not in taken)
+        assert variance([*taken, found]) == pytest.approx(best)
+        taken.append(found)
+
+
+def test_the_rest_of_the_samples_are_random(networks: list[Network]) -> None:
+    first, second = (choose_networks(networks, 10, seed).tolist() for seed in (0, 1))
+    assert first[:7] == second[:7] and first[7:] != second[7:]
+    assert choose_networks(networks, 10, 0).tolist() == first
+    with pytest.raises(ValueError, match="between 1 and 40 samples, got 41"):
+        choose_networks(networks, 41, 0)
