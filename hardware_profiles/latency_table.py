@@ -56,7 +56,8 @@ class LatencyTable:
             mean_ms[row] = self._network_ms(self.space.lower(self.space.from_codes(codes[row])))
         if self.relative_error is None:
             return Predictions(mean_ms, None, None)
-        low_ms = mean_ms * max(1 - self.relative_error, 0.0)
+        share = max(1 - self.relative_error, 0.0)
+        low_ms = mean_ms * share if share else np.where(np.isinf(mean_ms), mean_ms, 0.0)  # infinity times 0 is nothing
         return Predictions(mean_ms, low_ms, mean_ms * (1 + self.relative_error))
 
     def _slot_ms(self, layers: Sequence[Layer], fed_with: Precision) -> tuple[float]:

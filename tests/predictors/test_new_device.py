@@ -72,9 +72,11 @@ def test_ten_measurements_tell_the_prices_of_precisions_apart(int8_over_fp32: fl
     assert np.median(errors(predictor, networks, latency_ms)) < 0.05
     report = predictor.report()
     assert report["networks"] == 10 and report["median_error"] < report["macs_only"]["median_error"]
-    for precision in ("fp32", "int8"):  # of the same architectures, which most samples are not
-        ends = [SPACE.lower(SPACE.with_precision(end, precision)) for end in (SPACE.smallest, SPACE.largest)]
-        assert errors(predictor, ends, np.array([device.latency_ms(end) for end in ends])).max() < 0.25
+    rng = np.random.default_rng(5)
+    drawn = [SPACE.sample(rng) for _ in range(40)]
+    for precision in ("fp32", "int8"):  # all through, which no sample is likely to be
+        whole = [SPACE.lower(SPACE.with_precision(one, precision)) for one in drawn]
+        assert np.median(errors(predictor, whole, measured(device, whole))) < 0.15
 
 
 def test_intervals_hold_for_90_percent(networks: list[Network]) -> None:
@@ -90,7 +92,6 @@ def test_intervals_hold_for_90_percent(networks: list[Network]) -> None:
 
 
 def test_a_known_device_at_another_speed_is_recognised(networks: list[Network]) -> None:
-    """Also one that is known in a single precision and asked in both."""
     others = [KnownDevice(f"d{number}", prices(networks, 30 + number)) for number in range(5)]
     twin = prices(networks, 40)
     latency_ms = 3.7 * measured(twin, networks)
@@ -100,7 +101,8 @@ def test_a_known_device_at_another_speed_is_recognised(networks: list[Network]) 
         for known in ([*others, KnownDevice("twin", twin)], [])
     )
     weights = with_help.report()["sources"]
-    assert max(weights, key=weights.__getitem__) == "twin" and sum(weights.values()) == pytest.approx(1, abs=1e-3)
+    assert weights["twin"] > 2 * max(weights[other.name] for other in others)
+    assert sum(weights.values()) == pytest.approx(1, abs=1e-3)
     assert np.median(errors(with_help, networks, latency_ms)) < np.median(errors(alone, networks, latency_ms))
     assert alone.report()["sources"] == {"typical": 1.0}
 
@@ -132,7 +134,6 @@ def test_its_table_predicts_codes_as_it_predicts_networks(patches: tuple[int, ..
 def test_what_neither_samples_nor_known_devices_have_is_refused_or_infinite() -> None:
     space = MobileNet(resolutions=(8,), widths=(8, 16), depths=(1, 2))
     networks = pool(space)
-    fp32 = [place for place, network in enumerate(networks) if network.int8_macs_share == 0][:10]
     only_fp32 = [space.lower(space.with_precision(space.sample(np.random.default_rng(i)), "fp32")) for i in range(12)]
     everything = [*only_fp32, *networks]
     latency_ms = measured(prices(everything, 1), everything)
@@ -143,11 +144,9 @@ def test_what_neither_samples_nor_known_devices_have_is_refused_or_infinite() ->
     int8 = space.with_precision(space.largest, "int8")
     assert np.isinf(alone.table(space).predict(space.encode([int8])).mean_ms).all()
     assert np.isfinite(alone.table(space).predict(space.encode([space.with_precision(int8, "fp32")])).mean_ms).all()
-    helped = NewDevicePredictor().fit(
-        everything, range(10), latency_ms[:10], [KnownDevice("a", prices(everything, 3), "")]
-    )
+    known = [KnownDevice("a", prices(everything, 3))]
+    helped = NewDevicePredictor().fit(everything, range(10), latency_ms[:10], known)
     assert np.isfinite([one.mean_ms for one in helped.predict(mixed)]).all()
-    assert len(fp32) < 10 or fp32  # whole networks of one precision are rare among random ones
     foreign = CompactTransformer(resolutions=(16,), embeddings=(16,), depths=(1,), head_size=8)
     with pytest.raises(UnsupportedLayer):
         helped.predict([foreign.lower(foreign.largest)])

@@ -70,24 +70,24 @@ def test_left_out_predictions_are_nearly_those_of_fitting_again() -> None:
 
 
 def test_a_price_list_that_explains_the_samples_gets_the_weight() -> None:
-    amounts, bases, _ = made(5)
+    amounts, _, _ = made(5)
     rng = np.random.default_rng(0)
-    true = bases.log_prices[0] + rng.normal(0, 0.7, len(NAMES))
-    lists = np.stack([bases.log_prices[0] + rng.normal(0, 0.7, len(NAMES)), true])
-    latency_ms = 100 * amounts.matrix @ np.exp(true)
-    three = Bases(("typical", "right"), lists, np.array([0.5, 0.5]))
-    fitted = fit_prices(amounts, np.arange(6), latency_ms[:6], three)
+    lists = np.log(rng.uniform(0.5, 2.0, (2, len(NAMES)))) + rng.normal(0, 2.0, (2, len(NAMES)))
+    latency_ms = 100 * amounts.matrix @ np.exp(lists[1])
+    fitted = fit_prices(amounts, np.arange(6), latency_ms[:6], Bases(("typical", "right"), lists, np.full(2, 0.5)))
     assert fitted.sources["right"] > 0.8
     assert amounts.matrix @ fitted.prices_ms == pytest.approx(latency_ms, rel=0.05)
 
 
 def test_more_noise_makes_wider_intervals() -> None:
+    amounts, bases, _ = made(6)
+    exact = amounts.matrix @ np.exp(bases.log_prices[0])
+    normal = np.random.default_rng(1).normal(0, 1, len(exact))
     widths = []
     for noise in (0.01, 0.05, 0.2):
-        amounts, bases, latency_ms = made(6)
-        noisy = latency_ms * np.exp(np.random.default_rng(1).normal(0, noise, len(latency_ms)))
+        noisy = exact * np.exp(noise * normal)
         widths.append(fit_prices(amounts, np.arange(20), noisy[:20], bases).relative_error)
-    assert widths == sorted(widths) and widths[-1] > 0.2
+    assert widths == sorted(widths) and widths[0] < 0.04 and 0.2 < widths[-1] < 0.6
 
 
 @pytest.fixture(scope="module")
