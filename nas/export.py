@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -231,7 +232,11 @@ def _device_costs(
         found["macs"] = device.profile.macs(network)
         limits = device.memory_limits
         found["fits"] = all(limit.violation(device.figure(network, limit.name)) <= 0 for limit in limits)
-    return found | {"latency_ms": _latencies(device, network, content, believed, patience_s)}
+    found["latency_ms"] = _latencies(device, network, content, believed, patience_s)
+    if device.profile.energy_model is not None and device.has_latency:
+        energy = device.figure(network, "energy_uj")
+        found |= {"energy_uj": energy.to_dict()} if math.isfinite(energy.value) else {}
+    return found
 
 
 def _latencies(
@@ -295,8 +300,8 @@ def card(manifest: Mapping[str, object]) -> str:
         f"| multiply-accumulates | {manifest['macs']:,}, {manifest['int8_macs_share']:.1%} of them in int8 |",
         f"| weights, biases and scales | {manifest['model_bytes']:,} bytes (the file: {manifest['file_bytes']:,}) |",
         "",
-        "| device | latency, ms | SRAM, bytes | flash, bytes |",
-        "|---|---|---|---|",
+        "| device | latency, ms | energy, uJ | SRAM, bytes | flash, bytes |",
+        "|---|---|---|---|---|",
         *(_device_row(name, costs) for name, costs in devices.items()),
         "",
         "## Input",
@@ -314,13 +319,15 @@ def _rounded(values: Iterable[float]) -> list[float]:
 
 def _device_row(name: str, costs: Mapping[str, object]) -> str:
     if not costs["legal"]:
-        return f"| {name} | cannot run it: a precision it does not have | | |"
+        return f"| {name} | cannot run it: a precision it does not have | | | |"
     latency = costs["latency_ms"]
     assert isinstance(latency, dict)
     believed = latency.get("predicted")
     shown = [f"{believed['value']:.4g} {believed['origin']}"] if believed else []
     if "measured" in latency:
         shown.append(f"{latency['measured']['latency_ms']:.4g} measured ({costs['runtime']})")
+    energy = costs.get("energy_uj")
+    joules = f"{energy['value']:.4g} {energy['origin']}" if isinstance(energy, dict) else ""
     fits = "" if costs.get("fits", True) else " (does not fit)"
     memory = [f"{costs[key]:,}{fits}" if key in costs else "" for key in ("sram_bytes", "flash_bytes")]
-    return f"| {name} | {', '.join(shown) or 'not known'} | {memory[0]} | {memory[1]} |"
+    return f"| {name} | {', '.join(shown) or 'not known'} | {joules} | {memory[0]} | {memory[1]} |"

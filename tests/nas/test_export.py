@@ -106,6 +106,17 @@ def test_the_model_does_what_the_manifest_says(kind: str, evaluator: Evaluator, 
     assert f"{manifest['accuracy']['test']:.2%}" in shown and "nan" not in shown
 
 
+def test_a_board_of_known_power_has_its_energy(evaluator: Evaluator, tmp_path: Path) -> None:
+    space = evaluator.supernet.space
+    board = nas.profile(space, load_device("stm32l4r5-cmsisnn"))
+    architecture = space.with_precision(space.largest, "int8")
+    manifest: Any = nas.export(evaluator.supernet, architecture, tiny.data(), tmp_path, devices=[board])
+    costs = manifest["devices"]["stm32l4r5-cmsisnn"]
+    assert costs["energy_uj"]["value"] == pytest.approx(51.8491 * costs["latency_ms"]["predicted"]["value"])
+    assert costs["energy_uj"]["origin"] == "predicted"
+    assert f"{costs['energy_uj']['value']:.4g} predicted" in next(tmp_path.glob("*/card.md")).read_text()
+
+
 def test_without_devices_this_machine_is_measured(evaluator: Evaluator, tmp_path: Path) -> None:
     architecture = evaluator.supernet.space.largest
     network = evaluator.supernet.space.lower(architecture)

@@ -58,8 +58,9 @@ class Bench:
 
     def measurement(self, architecture: Architecture, latency_ms: float) -> Measurement:
         rng = np.random.default_rng(int(architecture.id, 16))
+        date = f"2026-01-01T00:00:{len(self.calls):02d}"  # another one for each process
         made = tiny.measurement(latency_ms * float(np.exp(rng.normal(0, self.noise))))
-        return replace(made, provenance=replace(made.provenance, runtime=self.runtime))
+        return replace(made, provenance=replace(made.provenance, runtime=self.runtime, date=date))
 
 
 @pytest.fixture
@@ -93,6 +94,16 @@ def test_a_live_device_is_fitted_on_extremes_and_a_spread(bench: Bench, monkeypa
         monkeypatch.setattr(module, "measure_untrained", made)
         nas.profile(space, load_device("host-cpu"), seed=seed)
     assert again.calls == bench.calls != other.calls
+
+
+def test_what_one_process_measured_is_left_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow and fast processes in turn: other subnets of the same process would give its factor away."""
+    space = tiny.space()
+    turns = Bench(factors=(0.9, 1.1))
+    monkeypatch.setattr(module, "measure_untrained", turns)
+    device = nas.profile(space, load_device("host-cpu"), samples=48)
+    report = device.predictor.report()  # type: ignore[union-attr]
+    assert report["folds"] == len(turns.calls) == 5
 
 
 def test_it_measures_on_until_the_error_or_the_samples_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
