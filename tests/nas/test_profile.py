@@ -192,6 +192,9 @@ def test_ten_samples_are_enough_with_the_help_of_known_devices(bench: Bench, tmp
     assert device.key != ProfiledDevice(load_device("host-cpu")).key
     nas.profile(space, load_device("host-cpu"), samples=10, seed=3, record=record)
     assert len(bench.calls) == 1  # all is in the record
+    wider = tiny.space(stem_width=2 * tiny.SPACE["stem_width"])  # the same texts mean other networks there
+    nas.profile(wider, load_device("host-cpu"), samples=10, seed=3, record=record)
+    assert len(bench.calls) == 2 and len(bench.calls[1]) == 10
 
 
 def test_too_few_samples_are_refused(bench: Bench) -> None:
