@@ -32,8 +32,8 @@ CONSTANT = "constant.any.count"
 # departures below allow each to be off by a factor of e and more.
 TYPICAL = {"count": 5e3, "macs": 1.0, "bytes": 1.0, "weight_bytes": 0.3}
 # Standard deviation of the logarithm of what features share: the whole device, or their quantity (q), precision (p),
-# family (f), or pairs of them. Halving or doubling any of them changes held-out errors by a few tenths of a per cent
-# (experiments/benchmarks/new_device.py).
+# family (f), or pairs of them. Chosen while looking at the measurements of experiments/benchmarks/new_device.py, whose
+# errors are for that reason not those of a blind test.
 DEPARTURES = {"": 3.0, "q": 1.0, "p": 0.7, "f": 0.5, "fp": 0.3, "qp": 0.5, "fq": 0.5, "fqp": 0.3}
 NOISES = np.geomspace(0.01, 0.32, 6)  # standard deviations of the logarithm, alike before seeing data
 BLEND = 0.2  # share of TYPICAL in a known device's list, so that a price of zero can grow
