@@ -71,6 +71,7 @@ class LatencyModel:
     relative_error: half the 90 % interval over the prediction, from networks left out of the fit.
     held_out: those errors in full (shares of the latency), beside those of a model that knows MACs only.
     command: what measures the device, where it is measured and is not this machine.
+    this_machine: whether it is measured here, through onnxruntime.
     accelerator: which of `vela.ACCELERATORS` is simulated.
     """
 
@@ -80,6 +81,7 @@ class LatencyModel:
     relative_error: float | None = None
     held_out: Mapping[str, float] = field(default_factory=dict)
     command: CommandSettings | None = None
+    this_machine: bool = False
     accelerator: str | None = None
 
 
@@ -143,13 +145,13 @@ class DeviceProfile:
 
     @property
     def is_measured(self) -> bool:
-        """Whether latencies are measured for each space, on this machine or by a command, rather than shipped."""
+        """Whether latencies are measured for each space, here, by a command or by other means, rather than shipped."""
         return self.latency_model.origin == "measured"
 
     @property
     def is_at_hand(self) -> bool:
         """Whether it is this machine, which may be measured at any time; a command is only run when asked for."""
-        return self.is_measured and self.latency_model.command is None
+        return self.latency_model.this_machine
 
     def illegal_layers(self, network: Network) -> tuple[str, ...]:
         """Names of the layers that the device cannot run as they are; nothing is converted silently."""
@@ -409,9 +411,12 @@ def _memory(section: _Section | None, sources: dict[str, str]) -> dict[str, Any]
 def _latency(section: _Section) -> LatencyModel:
     origin, source = section.text("origin", choices=ORIGINS), section.text("source")
     if origin == "measured":
-        command = _command(section)
+        command, here = _command(section), section.take("this_machine", False)
+        if not isinstance(here, bool) or (here and command is not None):
+            expected = "true or false" if not isinstance(here, bool) else "a command or this_machine, not both"
+            raise InvalidProfile(f"{section.file}: {section.path('this_machine')}: expected {expected}, got {here!r}")
         section.done()
-        return LatencyModel(origin, source, command=command)
+        return LatencyModel(origin, source, command=command, this_machine=here)
     if origin == "simulated":
         accelerator = section.text("accelerator", choices=ACCELERATORS)
         section.done()

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hardware_profiles import load_device
+from hardware_profiles import DeviceProfile, device_names, load_device
 from hardware_profiles.files import read_json, sha256_of, write_json, write_text
 from nas.checkpoints import load_checkpoint
 from nas.config import BadExperiment, DeviceSettings, Experiment, read_experiment
@@ -158,7 +158,7 @@ class Run:
 
     def profile_measured(self, settings: DeviceSettings, file: Path) -> tuple[Run, ProfiledDevice]:
         """The same from a CSV file of measurements; see `nas.offline.profile_measured`."""
-        device = profile_measured(self.space, load_device(settings.name), file, seed=self.experiment.seed)
+        device = profile_measured(self.space, _described(settings), file, seed=self.experiment.seed)
         assert device.predictor is not None
         told = device.predictor.provenance
         self._keep(device, {"space": self.space.name, "measurements": {key: told[key] for key in ("file", "sha256")}})
@@ -188,12 +188,12 @@ class Run:
         Raises BadExperiment where `asked_for`, by `nas profile`, is needed to run a command, and where it would put
         measurements of this machine in the place of those of a file.
         """
-        described = load_device(settings.name)
+        described = _described(settings)
         if not described.is_measured:
             return ProfiledDevice(described)
         path, about = self._predictor_paths(described.name)
         plan = {"samples": settings.samples, "error": settings.error, "seed": self.experiment.seed}
-        wanted = {"space": self.space.name, **plan}
+        wanted = {"space": self.space.name, "device": _measured_by(described), **plan}
         held: dict[str, Any] = read_json(about) if path.exists() and about.exists() else {}
         digest = held.pop("sha256", None)
         if digest is None or digest != sha256_of(path):
@@ -344,3 +344,24 @@ def with_search(run: Run, limits: Sequence[str], confidence: float | None, trial
         trials=trials or plan.trials,
     )
     return Run(run.folder, replace(run.experiment, search=changed))
+
+
+def _described(settings: DeviceSettings) -> DeviceProfile:
+    """The device that settings name; raises BadExperiment for a file whose device has the name of a shipped one."""
+    described = load_device(settings.name)
+    if described.name in device_names() and settings.name not in device_names():
+        raise BadExperiment(
+            f"{settings.name}: the name {described.name!r} is that of a shipped device; give yours another name"
+        )
+    return described
+
+
+def _measured_by(device: DeviceProfile) -> dict[str, object]:
+    """What latencies of a device depend on, besides the networks: a predictor of anything else is stale."""
+    command = device.latency_model.command
+    return {
+        "runtime": device.runtime,
+        "threads": device.threads,
+        "title": device.title,
+        "command": None if command is None else asdict(command),
+    }

@@ -77,12 +77,17 @@ def profile(
     """
     if not device.is_measured:
         return ProfiledDevice(device)
+    if not device.is_at_hand and device.latency_model.command is None:
+        raise ValueError(
+            f"{device.name} is not this machine, and its file names no command that measures it; "
+            "add 'latency.command', or measure it by other means with --plan and --measurements"
+        )
     if samples < FEWEST_WITH_HELP:
         raise ValueError(f"{samples} samples are too few; expected {FEWEST_WITH_HELP}, better ten, or more")
     if samples < FEWEST_SAMPLES:
         return _profile_new(space, device, samples=samples, seed=seed, patience_s=patience_s, record=record)
     plan = _Plan(space, device, samples, seed)
-    found = _read_record(record, space)
+    found = _read_record(record, space, device)
     history: list[tuple[int, float]] = []
     while True:
         missing = [one for one in plan.measured if str(one) not in found]
@@ -90,7 +95,7 @@ def profile(
             batch = missing[:BATCH]  # in a process of its own: the error shall hold for other processes
             new = measure_untrained(space, batch, device, seed=seed, patience_s=patience_s, record=record)
             found = _of_one_kind(found, {str(one): new[one.id] for one in batch})
-            _write_record(record, space, found)
+            _write_record(record, space, device, found)
             continue  # with the rest, and with what was measured otherwise before
         predictor = _fit(plan, found, history, seed)
         reached = history[-1][1]
@@ -104,12 +109,12 @@ def _profile_new(
 ) -> ProfiledDevice:
     """A device of which only a few subnets are measured."""
     chosen = informative(space, device, samples, seed)
-    found = _read_record(record, space)
+    found = _read_record(record, space, device)
     missing = [one for one in chosen if str(one) not in found]
     if missing:
         new = measure_untrained(space, missing, device, seed=seed, patience_s=patience_s, record=record)
         found = _of_one_kind(found, {str(one): new[one.id] for one in missing})
-        _write_record(record, space, found)
+        _write_record(record, space, device, found)
     return ProfiledDevice(device, fit_few(space, device, {one: found[str(one)] for one in chosen}, seed=seed))
 
 
@@ -244,12 +249,18 @@ def _of_one_kind(old: Mapping[str, Measurement], new: Mapping[str, Measurement])
     key = next(iter(new.values())).provenance.key
     same = {name: one for name, one in old.items() if one.provenance.key == key}
     if len(same) < len(old):
-        log.warning("%d earlier measurements were made otherwise (%s now) and are not used", len(old) - len(same), key)
+        now = ", ".join(map(str, key))
+        log.warning(
+            "%d earlier measurements were made otherwise than now (%s) and are not used", len(old) - len(same), now
+        )
     return {**same, **new}
 
 
-def _read_record(path: Path | None, space: SearchSpace) -> dict[str, Measurement]:
-    """What an earlier profile of the space measured, by architecture as text; raises ValueError for any other file."""
+def _read_record(path: Path | None, space: SearchSpace, device: DeviceProfile) -> dict[str, Measurement]:
+    """What an earlier profile of the space measured in the same way, by architecture as text.
+
+    Raises ValueError for any other file.
+    """
     if path is None or not path.exists():
         return {}
     try:
@@ -259,13 +270,24 @@ def _read_record(path: Path | None, space: SearchSpace) -> dict[str, Measurement
         held = {name: Measurement.from_json(one) for name, one in record["measurements"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a record of measurements ({error}); delete it") from None
-    return held if record["space"] == space.name else {}
+    if record["space"] != space.name or record.get("command") != _command_of(device):
+        log.warning("%s holds measurements of another space or by another command, which are not used", path.name)
+        return {}
+    return held
 
 
-def _write_record(path: Path | None, space: SearchSpace, found: Mapping[str, Measurement]) -> None:
+def _write_record(
+    path: Path | None, space: SearchSpace, device: DeviceProfile, found: Mapping[str, Measurement]
+) -> None:
     if path is not None:
         held = {name: one.to_json() for name, one in found.items()}
-        write_json(path, {"schema": RECORD_SCHEMA, "space": space.name, "measurements": held})
+        by = {"space": space.name, "command": _command_of(device)}
+        write_json(path, {"schema": RECORD_SCHEMA, **by, "measurements": held})
+
+
+def _command_of(device: DeviceProfile) -> str | None:
+    command = device.latency_model.command
+    return None if command is None else command.command
 
 
 def shuffled_spread(space: SearchSpace, count: int, seed: Sequence[int]) -> list[Architecture]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ def test_a_plan_is_measured_and_becomes_a_profile(
     monkeypatch.setattr("nas.pipeline.profile", lambda *_, **__: pytest.fail("this machine must not be measured"))
     device = again.devices["board"]
     assert isinstance(device.predictor, NewDevicePredictor)
-    assert not device.is_at_hand and device.profile.is_at_hand
+    assert not device.is_at_hand
     told = device.predictor.provenance
     assert (told["file"], told["sha256"]) == ("plan.csv", hashlib.sha256(filled.read_bytes()).hexdigest())
     assert told["device"] == "board" and told["architectures"] == [one.id for one in chosen]
@@ -160,5 +162,42 @@ def test_what_cannot_be_is_refused(run: Run, board: Path, tmp_path: Path, capsys
 
 
 def test_a_device_of_a_file_is_not_this_machine(board: Path) -> None:
-    profile = load_device(board)
-    assert ProfiledDevice(profile).is_at_hand and not ProfiledDevice(load_device("adreno540")).is_at_hand
+    assert not ProfiledDevice(load_device(board)).is_at_hand and ProfiledDevice(load_device("host-cpu")).is_at_hand
+
+
+def test_a_device_without_a_command_is_not_measured_here(
+    run: Run, board: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("nas.profile")
+    monkeypatch.setattr(module, "measure", lambda *_, **__: pytest.fail("this machine must not be measured"))
+    code, _, err = call(capsys, "profile", run.folder, "--device", board)
+    assert code == BAD_INPUT and "board is not this machine, and its file names no command" in err
+
+
+def test_a_file_with_the_name_of_a_shipped_device_is_refused(
+    run: Run, board: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board.write_text(board.read_text().replace("name: board", "name: host-cpu"))
+    code, _, err = call(capsys, "profile", run.folder, "--device", board)
+    assert code == BAD_INPUT and "the name 'host-cpu' is that of a shipped device" in err
+
+
+def test_a_device_whose_command_changed_is_measured_again(
+    run: Run, board: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document: dict[str, Any] = yaml.safe_load(board.read_text())
+    found: list[list[float]] = []
+    for milliseconds in (3, 7):
+        document["latency"] = {"origin": "measured", "source": "made up", "repeats": 1, "anchor": False}
+        script = f"import os, sys; print({milliseconds} * os.path.getsize(sys.argv[1]))"
+        document["latency"]["command"] = f"{sys.executable} -c '{script}' {{model}}"
+        board.write_text(yaml.safe_dump(document))
+        assert call(capsys, "profile", run.folder, "--device", board, "--samples", 5)[0] == DONE
+        record = json.loads((run.folder / "devices" / "board.measured.json").read_text())
+        assert all(one["latency_ms"] % milliseconds == 0 for one in record["measurements"].values())
+        found.append(sorted(one["latency_ms"] for one in record["measurements"].values()))
+    assert found[1] == pytest.approx([7 / 3 * one for one in found[0]])
+    document["latency"]["command"] = f"{sys.executable} -c 'raise SystemExit(3)' {{model}}"
+    document["latency"]["retries"] = 0
+    board.write_text(yaml.safe_dump(document))
+    assert call(capsys, "profile", run.folder, "--device", board, "--samples", 5)[0] != DONE
