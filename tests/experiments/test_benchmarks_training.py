@@ -258,8 +258,13 @@ def test_batch_norm_arms_in_words(load_benchmark: Load) -> None:
 # arithmetic ----------------------------------------------------------------------------------------------
 
 
-def test_arithmetics_are_timed_and_trained(load_benchmark: Load, data: Data, tmp_path: Path) -> None:
+def test_arithmetics_are_timed_and_trained(
+    load_benchmark: Load, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = load_benchmark("arithmetic")
+    assert script.TIMED_ARMS[script.COMPILED]["compile"]
+    quick = {**script.TIMED_ARMS, script.COMPILED: {"arithmetic": script.BASE}}  # compiling takes a minute
+    monkeypatch.setattr(script, "TIMED_ARMS", quick)
     speeds, trainings = script.planned([0], 2, 1)[:2], script.planned([0], 2, 1)[2:]
     assert [item["arm"] for item in trainings] == ["fp32", "fp32_channels_last", "bf16_channels_last"]
     items = [*speeds, trainings[1]]
@@ -279,14 +284,17 @@ def test_arithmetics_are_timed_and_trained(load_benchmark: Load, data: Data, tmp
 def test_arithmetic_report_takes_ratios_turn_by_turn(load_benchmark: Load) -> None:
     script = load_benchmark("arithmetic")
     seconds = {"fp32": [4.0, 8.0, 2.0], "fp32_channels_last": [2.0, 2.0, 2.0], "bf16_channels_last": [1.0, 4.0, 1.0]}
-    line = {"device": "cpu", "architecture": "a", "macs": 7, "batch": 64, "seconds": seconds}
+    seconds[script.COMPILED] = [0.5, 0.5, 0.5]
+    line = {"device": "cpu", "architecture": "a", "macs": 7, "batch": 64, "compile_s": 61.0, "seconds": seconds}
     lines = [{"item": {"kind": "speed", "network": "largest"}, **line}]
     machine = replace(script.this_machine(), flags=frozenset({"avx2", "amx_bf16"}))
     found = script.report(lines, machine)
     row = found["speed"]["largest"]
-    assert row["images_per_s"] == {"fp32": 16.0, "fp32_channels_last": 32.0, "bf16_channels_last": 64.0}
+    rates = {"fp32": 16.0, "fp32_channels_last": 32.0, "bf16_channels_last": 64.0, script.COMPILED: 128.0}
+    assert row["images_per_s"] == rates
     assert row["times_as_fast"]["bf16_channels_last / fp32"] == {"median": 2.0, "quartiles": [2.0, 3.0]}
     assert row["times_as_fast"]["fp32_channels_last / fp32"]["median"] == 2.0
+    assert "Compiled in 61 s, it trains 4.00 times as fast as not compiled." in found["in_words"]
     assert found["in_words"][0] == "The processor has bf16 instructions (amx_bf16)."
     without = script.report(lines, replace(machine, flags=frozenset({"avx2"})))
     assert without["bf16_instructions"] == [] and "no bf16 instructions" in without["in_words"][0]

@@ -314,6 +314,11 @@ def test_a_device_may_be_measured_by_a_command(tmp_path: Path) -> None:
         ({"timeout_s": 3}, r"unknown key 'latency\.timeout_s'"),
         ({"comand": "run {model}"}, r"unknown key 'latency\.comand'; did you mean 'command'\?"),
         ({"origin": "derived", "command": "run {model}"}, r"missing key 'latency\.constant_ms'"),
+        (
+            {"command": "run {model}", "this_machine": True},
+            r"latency\.this_machine: expected a command or this_machine",
+        ),
+        ({"this_machine": "yes"}, r"latency\.this_machine: expected true or false, got 'yes'"),
     ],
 )
 def test_a_wrong_command_is_refused_in_one_line(tmp_path: Path, latency: dict[str, Any], message: str) -> None:

@@ -230,7 +230,13 @@ def board(folder: Path) -> Path:
     (folder / "board.py").write_text(BOARD)
     described = yaml.safe_load((ROOT / "hardware_profiles" / "devices" / "host-cpu.yaml").read_text())
     command = f"{sys.executable} {folder / 'board.py'} {{model}} {folder / 'runs.txt'}"
-    described["latency"] |= {"command": command, "repeats": 1, "anchor": False}
+    described["latency"] = {
+        "origin": "measured",
+        "source": "made up",
+        "command": command,
+        "repeats": 1,
+        "anchor": False,
+    }
     described |= {"name": "board", "title": "a board", "runtime": "its own"}
     (folder / "board.yaml").write_text(yaml.safe_dump(described))
     return folder / "board.yaml"

@@ -42,10 +42,11 @@ class Bench:
         noise: float = 0.0,
         runtime: str = "onnxruntime 0",
         calls_before_it_stops: int = 10**6,
+        calls_of_others: int = 0,
     ) -> None:
         self.calls: list[list[Architecture]] = []
         self.factors, self.noise, self.runtime = list(factors), noise, runtime
-        self.calls_before_it_stops = calls_before_it_stops
+        self.calls_before_it_stops, self.calls_of_others = calls_before_it_stops, calls_of_others
 
     def __call__(
         self, space: SearchSpace, architectures: Sequence[Architecture], device: Any, **_: Any
@@ -58,7 +59,7 @@ class Bench:
 
     def measurement(self, architecture: Architecture, latency_ms: float) -> Measurement:
         rng = np.random.default_rng(int(architecture.id, 16))
-        date = f"2026-01-01T00:00:{len(self.calls):02d}"  # another one for each process
+        date = f"2026-01-01T00:00:{self.calls_of_others + len(self.calls):02d}"  # another one for each process
         made = tiny.measurement(latency_ms * float(np.exp(rng.normal(0, self.noise))))
         return replace(made, provenance=replace(made.provenance, runtime=self.runtime, date=date))
 
@@ -138,7 +139,7 @@ def test_a_profile_that_was_stopped_goes_on_from_its_record(monkeypatch: pytest.
     monkeypatch.setattr(module, "measure_untrained", stopped)
     with pytest.raises(KeyboardInterrupt):
         nas.profile(space, load_device("host-cpu"), **settings)
-    again = Bench(noise=0.05)
+    again = Bench(noise=0.05, calls_of_others=2)
     monkeypatch.setattr(module, "measure_untrained", again)
     assert nas.profile(space, load_device("host-cpu"), **settings).key == expected.key
     assert stopped.calls[:2] + again.calls == whole.calls
