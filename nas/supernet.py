@@ -75,11 +75,11 @@ class LayerParameters(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        for name, tensor in tensors.items():
+        for name, tensor in tensors.items():  # registering them one by one takes an eighth of an extraction
             if name in STATISTICS:
-                self.register_buffer(name, tensor)
+                self._buffers[name] = tensor
             else:
-                self.register_parameter(name, nn.Parameter(tensor))
+                self._parameters[name] = nn.Parameter(tensor)
         self.names = tuple(tensors)
 
     def tensors(self) -> dict[str, Tensor]:
