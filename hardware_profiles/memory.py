@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from hardware_profiles.cost_model import conversions
+from hardware_profiles.cost_model import conversions_of
 from hardware_profiles.patches import patch_sides
-from search_spaces import INPUT, Layer, Network
+from search_spaces import INPUT, Layer, Network, Precision
 from search_spaces.layers import Shape, pad_for
 
 LIVENESS = "liveness"
@@ -90,11 +90,17 @@ def peak_sram_bytes(network: Network, planner: str = LIVENESS, *, explicit_paddi
 
     Raises UnknownPlanner for any other planner, ValueError for any other padding.
     """
-    if planner not in PLANNERS:
-        raise UnknownPlanner(f"unknown memory planner {planner!r}; known: {', '.join(PLANNERS)}")
-    if explicit_padding not in EXPLICIT_PADDINGS:
-        raise ValueError(f"explicit_padding = {explicit_padding!r}: expected one of {', '.join(EXPLICIT_PADDINGS)}")
-    steps = _steps(network, views=planner != TFLM_GREEDY, explicit_padding=explicit_padding)
+    _check(planner, explicit_padding)
+    is_float = any(INPUT in layer.inputs and not layer.precision.is_quantized for layer in network.layers)
+    steps = _steps(
+        network.layers,
+        INPUT,
+        network.input_shape,
+        is_float,
+        patch_sides(network),
+        views=planner != TFLM_GREEDY,
+        explicit_padding=explicit_padding,
+    )
     stage = network.patch_stage
     rest = [step for made in steps[len(stage) :] for step in made]
     if not stage:
@@ -102,6 +108,50 @@ def peak_sram_bytes(network: Network, planner: str = LIVENESS, *, explicit_paddi
     within = _peak(planner, INPUT, _input_bytes(network), [step for made in steps[: len(stage)] for step in made])
     whole_map = stage[-1].activation_bytes
     return max(within + whole_map, _peak(planner, stage[-1].name, whole_map, rest))
+
+
+def part_peak_bytes(
+    layers: Sequence[Layer], source: str, fed_with: Precision, planner: str, *, explicit_padding: str = NEVER
+) -> int:
+    """The most bytes that live while a part of a network runs, which reads one tensor besides its own.
+
+    A network whose parts each read what the part before made, and nothing else, needs the largest of theirs. For
+    `tflm_greedy` that is a lower bound (every buffer as large as it is in the arena): fragmentation may add to it.
+
+    Args:
+        layers: without a patch stage; none need no memory.
+        source: the name of the tensor that they are fed with, `INPUT` for the network's own.
+        fed_with: the precision that tensor was made in; the network's input is in that of its readers.
+
+    Raises as `peak_sram_bytes`.
+    """
+    _check(planner, explicit_padding)
+    readers = [layer for layer in layers if source in layer.inputs]
+    if not readers:
+        return 0
+    shape = readers[0].in_shapes[readers[0].inputs.index(source)]
+    is_float = not fed_with.is_quantized
+    bits = fed_with.activation_bits
+    if source == INPUT:
+        is_float = any(not layer.precision.is_quantized for layer in readers)
+        bits = 32 if is_float else readers[0].precision.activation_bits
+    views = planner != TFLM_GREEDY
+    made = _steps(layers, source, shape, is_float, {}, views=views, explicit_padding=explicit_padding)
+    steps = [step for each in made for step in each]
+    if planner == TFLM_GREEDY:
+        return _peak(LIVENESS, source, _aligned(_bytes(shape, bits, None)), [_in_arena(step) for step in steps])
+    return _peak(planner, source, _bytes(shape, bits, None), steps)
+
+
+def _in_arena(step: _Step) -> _Step:
+    return replace(step, bytes=_aligned(step.bytes))
+
+
+def _check(planner: str, explicit_padding: str) -> None:
+    if planner not in PLANNERS:
+        raise UnknownPlanner(f"unknown memory planner {planner!r}; known: {', '.join(PLANNERS)}")
+    if explicit_padding not in EXPLICIT_PADDINGS:
+        raise ValueError(f"explicit_padding = {explicit_padding!r}: expected one of {', '.join(EXPLICIT_PADDINGS)}")
 
 
 def _peak(planner: str, start: str, start_bytes: int, steps: Sequence[_Step]) -> int:
@@ -217,28 +267,42 @@ def storage_of(name: str) -> Storage:
 
 def flash_bytes(network: Network, overhead_bytes: int = 0, storage: str = "c_arrays") -> int:
     """Bytes of the stored network, plus what a runtime adds for its code; raises UnknownStorage."""
+    return part_flash_bytes(network.layers, storage) + overhead_bytes
+
+
+def part_flash_bytes(layers: Sequence[Layer], storage: str) -> int:
+    """What layers take of that; a network takes the sum of its parts. Raises UnknownStorage."""
     kept = storage_of(storage)
-    own_scales = SCALE_BYTES * quantized_channels(network, ("conv2d", "linear"))  # which `model_bytes` has
-    described = quantized_channels(network, kept.per_channel) * kept.flash_channel_bytes
-    described += _operators(network) * kept.flash_layer_bytes
-    return network.model_bytes - own_scales + described + overhead_bytes
+    own_scales = SCALE_BYTES * _quantized_channels(layers, ("conv2d", "linear"))  # which `weight_bytes` has
+    described = _quantized_channels(layers, kept.per_channel) * kept.flash_channel_bytes
+    described += _operators(layers) * kept.flash_layer_bytes
+    return sum(layer.weight_bytes for layer in layers) - own_scales + described
 
 
 def persistent_sram_bytes(network: Network, storage: str = "c_arrays") -> int:
     """Bytes of SRAM that a runtime keeps besides the activations; raises UnknownStorage."""
+    return part_persistent_sram_bytes(network.layers, storage) + storage_of(storage).sram_fixed_bytes
+
+
+def part_persistent_sram_bytes(layers: Sequence[Layer], storage: str) -> int:
+    """What it keeps for layers; a network takes the sum of its parts. Raises UnknownStorage."""
     kept = storage_of(storage)
-    per_channel = quantized_channels(network, kept.per_channel) * kept.sram_channel_bytes
-    return per_channel + _operators(network) * kept.sram_layer_bytes + kept.sram_fixed_bytes
+    per_channel = _quantized_channels(layers, kept.per_channel) * kept.sram_channel_bytes
+    return per_channel + _operators(layers) * kept.sram_layer_bytes
 
 
 def quantized_channels(network: Network, kinds: Sequence[str]) -> int:
     """Output channels of all layers of these kinds that have integer weights."""
-    quantized = (layer for layer in network.layers if layer.kind in kinds and layer.precision.is_quantized)
+    return _quantized_channels(network.layers, kinds)
+
+
+def _quantized_channels(layers: Sequence[Layer], kinds: Sequence[str]) -> int:
+    quantized = (layer for layer in layers if layer.kind in kinds and layer.precision.is_quantized)
     return sum(layer.parameter_shapes["bias"][0] for layer in quantized)
 
 
-def _operators(network: Network) -> int:
-    return sum(layer.kind != "parameter" for layer in network.layers)
+def _operators(layers: Sequence[Layer]) -> int:
+    return sum(layer.kind != "parameter" for layer in layers)
 
 
 def _extra_bytes(layer: Layer, out_bytes: int, dying_bytes: list[int]) -> int:
@@ -263,27 +327,36 @@ def _bytes(shape: Shape, bits: int, sides: tuple[int, int] | None) -> int:
     return -(-elements * bits // 8)
 
 
-def _steps(network: Network, *, views: bool, explicit_padding: str) -> list[list[_Step]]:
-    """What runs for each layer, in order: the conversions and the padding that it needs, and itself."""
-    sides = patch_sides(network)
+def _steps(
+    layers: Sequence[Layer],
+    source: str,
+    shape: Shape,
+    is_float: bool,
+    sides: Mapping[str, tuple[int, int]],
+    *,
+    views: bool,
+    explicit_padding: str,
+) -> list[list[_Step]]:
+    """What runs for each layer, in order: the conversions and the padding that it needs, and itself.
+
+    The layers are fed with the tensor `source` of this shape, in float or in integers; `sides` are `patch_sides`.
+    """
+    shapes = {source: shape} | {layer.name: layer.out_shape for layer in layers}
     copies: dict[int, list[str]] = {}
     sizes: dict[str, int] = {}
-    float_input = any(INPUT in layer.inputs and not layer.precision.is_quantized for layer in network.layers)
-    for copy in conversions(network):
-        if copy.source != INPUT or float_input:
-            copies.setdefault(copy.reader, []).append(copy.source)
-            patch = sides.get(copy.source) if copy.reader < len(network.patch_stage) else None
-            shape = network.by_name[copy.source].out_shape if copy.source != INPUT else network.input_shape
-            sizes[copy.source] = _bytes(shape, 8 if copy.family == "quantize" else 32, patch)
-    quantized = {layer.name: layer.precision.is_quantized for layer in network.layers} | {INPUT: not float_input}
-    buffer_of = {INPUT: INPUT}
+    for copy in conversions_of(layers, {source: not is_float}):
+        copies.setdefault(copy.reader, []).append(copy.source)
+        patch = sides.get(copy.source) if layers[copy.reader].patches > 1 else None
+        sizes[copy.source] = _bytes(shapes[copy.source], 8 if copy.family == "quantize" else 32, patch)
+    quantized = {layer.name: layer.precision.is_quantized for layer in layers} | {source: not is_float}
+    buffer_of = {source: source}
     copied: dict[str, str] = {}
     steps: list[list[_Step]] = []
-    for index, layer in enumerate(network.layers):
+    for index, layer in enumerate(layers):
         made: list[_Step] = []
-        for source in copies.get(index, ()):
-            copied[source] = f"{source} converted"
-            made.append(_Step(None, _held((buffer_of[source],)), copied[source], sizes[source]))
+        for tensor in copies.get(index, ()):
+            copied[tensor] = f"{tensor} converted"
+            made.append(_Step(None, _held((buffer_of[tensor],)), copied[tensor], sizes[tensor]))
         wanted = layer.precision.is_quantized
         reads = _held(tuple(buffer_of[s] if quantized[s] == wanted else copied[s] for s in layer.inputs))
         if layer.patches == 1 and pads_explicitly(layer, explicit_padding):
