@@ -102,30 +102,60 @@ class FigureTable:
 
     # figures -------------------------------------------------------------------------------------------
 
-    def figures(self, codes: np.ndarray) -> dict[str, Estimates]:
-        """The figures of n architectures by key, each of shape (n,).
+    def figures(self, codes: np.ndarray, keys: Iterable[str] | None = None) -> dict[str, Estimates]:
+        """The figures of n architectures by key, each of shape (n,); those of `keys`, or all.
 
         Raises ValueError for codes of another shape or out of range, UnavailableCost for a device whose simulator is
         not installed.
         """
-        found, sure = self.bounds(codes)
-        for row in np.flatnonzero(~np.logical_and.reduce([*sure.values(), np.ones(len(codes), bool)])):
+        found, sure = self.bounds(codes, keys)
+        self._lower(codes, found, sure, ~np.logical_and.reduce([*sure.values(), np.ones(len(codes), bool)]))
+        return found
+
+    def violation(self, codes: np.ndarray, limits: Iterable[Limit], *, most: float) -> np.ndarray:
+        """How far n architectures are beyond limits (n,): the sum of the shares of each limit, 0 when all are met.
+
+        Infinite where a figure of a device is. Where a lower bound is above `most` already, that is the answer. Limits
+        on accuracy, and on latencies that only a simulator tells, are not judged.
+        """
+        limits = [limit for limit in limits if limit.key in self.keys and not self._is_simulated(limit.key)]
+        asked = [key for key in self.keys if not self._is_simulated(key)]
+        parts = [codes[start : start + ROWS_AT_ONCE] for start in range(0, len(codes), ROWS_AT_ONCE)]
+        found = [self._violation(part, limits, asked, most) for part in parts]
+        return np.concatenate(found) if found else np.zeros(0)
+
+    def _violation(self, codes: np.ndarray, limits: Sequence[Limit], keys: Sequence[str], most: float) -> np.ndarray:
+        found, sure = self.bounds(codes, keys)
+        total = _beyond(found, limits, sure)
+        judged = {limit.key: sure[limit.key] for limit in limits}
+        unsure = ~np.logical_and.reduce([*judged.values(), np.ones(len(codes), bool)]) & (total <= most)
+        if unsure.any():
+            self._lower(codes, found, judged, unsure & np.isfinite(total))
+            total = np.where(unsure, _beyond(found, limits, {}), total)
+        return total
+
+    def _lower(
+        self, codes: np.ndarray, found: Mapping[str, Estimates], sure: Mapping[str, np.ndarray], rows: np.ndarray
+    ) -> None:
+        """Put exact figures in the place of bounds, in rows (n,) of `found`."""
+        for row in np.flatnonzero(rows):
             network = self.space.lower(self.space.from_codes(codes[row]))
-            unsure = [key for key in self.keys if not sure[key][row]]
+            unsure = [key for key, known in sure.items() if not known[row]]
             for key, figure in cheap_figures(network, unsure, self.devices).items():
                 ends = (found[key].value, figure.value), (found[key].low, figure.low), (found[key].high, figure.high)
                 for array, value in ends:
                     if array is not None and value is not None:
                         array[row] = value
-        return found
 
-    def bounds(self, codes: np.ndarray) -> tuple[dict[str, Estimates], dict[str, np.ndarray]]:
+    def bounds(
+        self, codes: np.ndarray, keys: Iterable[str] | None = None
+    ) -> tuple[dict[str, Estimates], dict[str, np.ndarray]]:
         """Figures by key, and which of them (n,) are exact; the others are lower bounds."""
         columns = self.table.costs(codes)
         patched = columns[:, -1] > 0 if self.has_patches else np.zeros(len(columns), bool)
         found: dict[str, Estimates] = {}
         sure: dict[str, np.ndarray] = {}
-        for key in self.keys:
+        for key in self.keys if keys is None else dict.fromkeys(keys):
             found[key] = self._estimates(key, columns, codes)
             lowered = np.ones(len(columns), bool) if self.is_lowered(key) else patched
             by_part = "@" in key and not key.startswith("flash_bytes")
@@ -182,12 +212,26 @@ class FigureTable:
         name, device = _part_of(key)
         if name == "sram_bytes":
             return self.devices[device].profile.planner == TFLM_GREEDY
-        return name == "latency_ms" and self.is_simulated(device)
+        return self._is_simulated(key)
 
     def is_simulated(self, device: str) -> bool:
         """Whether a compiler, which takes seconds, says what the device takes for one network."""
         profiled = self.devices[device]
         return profiled.predictor is None and profiled.profile.latency_model.accelerator is not None
+
+    def _is_simulated(self, key: str) -> bool:
+        name, device = _part_of(key)
+        return name == "latency_ms" and self.is_simulated(device)
+
+    def end(self, limit: Limit) -> float:
+        """What a limit is compared with, over the value: 1, or where it has a confidence that of the interval's end."""
+        if limit.confidence is None:
+            return 1.0
+        device = self.devices[str(limit.device)]
+        energy = device.profile.energy_model
+        error = energy.relative_error if limit.name == "energy_uj" and energy else self._errors[device.name]
+        assert error is not None
+        return 1 + error if limit.operator == "<=" else max(1 - error, 0.0)
 
     def linear(self, key: str) -> Linear | None:
         """How a figure is a sum over columns; None where it is not. Of what runs in patches it is a lower bound."""
@@ -270,6 +314,22 @@ def _part_of(key: str) -> tuple[str, str]:
     """(figure that it is computed from, device) of a key; an energy is computed from a latency."""
     name, _, device = key.partition("@")
     return ("latency_ms" if name == "energy_uj" else name), device
+
+
+def _beyond(found: Mapping[str, Estimates], limits: Iterable[Limit], sure: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The sum (n,) of the shares by which limits are exceeded; of a lower bound, that it is too low says nothing."""
+    total = np.zeros(len(next(iter(found.values())).value))
+    for key, estimates in found.items():
+        if "@" in key:
+            total[np.isinf(estimates.value)] = np.inf
+    for limit in limits:
+        reached = found[limit.key].judged_by(limit)
+        beyond = reached - limit.value if limit.operator == "<=" else limit.value - reached
+        share = np.maximum(beyond / (abs(limit.value) or 1.0), 0.0)
+        if limit.operator == ">=" and limit.key in sure:
+            share = np.where(sure[limit.key], share, 0.0)
+        total += np.where(np.isinf(total), 0.0, share)
+    return total
 
 
 def _additive(device: ProfiledDevice) -> AdditiveModel | None:

@@ -21,6 +21,7 @@ from nas.data import Data, load_data
 from nas.distributed import is_first_process
 from nas.export import export, export_key
 from nas.front import Evaluation, ParetoFront
+from nas.limits import Reachable, reachable
 from nas.offline import profile_measured
 from nas.profile import check_predictor, profile
 from nas.remeasure import remeasure
@@ -52,7 +53,9 @@ class Run:
         Everything the experiment names is checked before anything is written; see `check`.
         """
         run = cls(folder, experiment)
-        run.check()
+        reached = run.check()
+        for each in reached.ranges if reached else ():
+            log.info("%s", each)
         if not is_first_process():  # of several that train together, which the first one writes for
             return run
         path = folder / "experiment.yaml"
@@ -82,8 +85,10 @@ class Run:
             raise BadExperiment(f"{folder} is no run directory: it has no experiment.yaml; make one with 'nas run'")
         return cls(folder, read_experiment(path))
 
-    def check(self) -> None:
+    def check(self) -> Reachable | None:
         """Load what the experiment names (data, space, devices, figures), so that a mistake shows before any work.
+
+        Returns what its limits leave, None without limits or where a device must be measured first.
 
         Raises ValueError or LookupError for what is wrong, and Infeasible for limits that can be judged without
         training or measuring and that no architecture found meets.
@@ -99,7 +104,8 @@ class Run:
         if unknown:
             raise UnknownFigure(f"export: the front will have no {unknown}; it has {', '.join(costs.keys)}")
         if costs.limits and all(device.has_latency for device in devices.values()):
-            costs.feasible_architecture(self.experiment.seed)
+            return reachable(costs, self.experiment.seed)
+        return None
 
     @cached_property
     def space(self) -> SearchSpace:

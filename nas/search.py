@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,9 @@ from nas.costs import (
 )
 from nas.data import Data
 from nas.evaluate import accuracy, calibration_images, recalibrate
+from nas.figure_table import FigureTable
 from nas.front import Evaluation, ParetoFront, nearest_message
+from nas.limits import reachable
 from nas.progress import progress_bar
 from nas.quantize import Quantized, quantize
 from nas.sampling import sample_spread
@@ -57,7 +60,6 @@ log = logging.getLogger(__name__)
 
 WEIGHTED = ("conv2d", "linear")
 NESTED = 8  # architectures of the nested family that every search starts from, in each precision
-DESCENTS = 3  # architectures from which a way down to the limits is looked for
 JOURNAL = "journal://"
 
 
@@ -343,24 +345,26 @@ class Costs:
                 found[str(limit)] = limit.violation(figures[limit.key])
         return found
 
-    def total_violation(self, architecture: Architecture) -> float:
-        network = self.space.lower(architecture)
-        return sum(max(0.0, v) for v in self.violations(network, self.figures(network)).values())
+    @cached_property
+    def table(self) -> FigureTable:
+        return FigureTable(self.space, self.keys, self.devices)
 
-    def feasible_architecture(self, seed: int) -> Architecture:
-        """An architecture that meets the limits that can be judged without running it.
+    def of_codes(self, codes: np.ndarray) -> dict[str, np.ndarray]:
+        """All figures but accuracy of n architectures (n, number of choices), by key, each (n,).
 
-        Tries the extremes and a spread of random architectures, and descends, one choice at a time, from the
-        nearest. Raises Infeasible when that leads nowhere; a limit on accuracy is judged by the search.
+        For a limit at a confidence, under its text, the end of the interval that it is compared with. Equal to
+        `figures` of each network; infinite on a device that cannot run it.
         """
-        spread = sample_spread(self.space, 64, np.random.default_rng([seed, 6]))
-        ends = [self.space.smallest, self.space.largest]
-        starts = [*self.extremes(), *(self.legalize(a) for a in (*ends, *spread))]
-        reached = [self._descend(a) for a in sorted(dict.fromkeys(starts), key=self.total_violation)[:DESCENTS]]
-        nearest = min(reached, key=self.total_violation)
-        if self.total_violation(nearest) > 0:
-            raise Infeasible(self._infeasible(nearest))
-        return nearest
+        found = self.table.figures(codes)
+        ends = {str(limit): found[limit.key].judged_by(limit) for limit in self.limits if limit.confidence is not None}
+        return {key: estimates.value for key, estimates in found.items()} | ends
+
+    def allowed(self, codes: np.ndarray) -> np.ndarray:
+        """Which of n architectures (n, number of choices) all devices run and no limit refuses before they are run.
+
+        Architectures are only lowered where bounds leave that open. Limits on what a simulator says are not judged.
+        """
+        return self.table.violation(codes, self.limits, most=0.0) <= 0
 
     def extremes(self) -> list[Architecture]:
         """The smallest and the largest architecture in each legal precision."""
@@ -369,27 +373,6 @@ class Costs:
             for end in (self.space.smallest, self.space.largest)
             for p in self.precisions
         ]
-
-    def _descend(self, start: Architecture) -> Architecture:
-        least = self.total_violation(start)
-        while least > 0:
-            relatives = dict.fromkeys(map(self.legalize, self.space.neighbours(start)))
-            violations = {relative: self.total_violation(relative) for relative in relatives}
-            nearest = min(violations, key=violations.__getitem__, default=start)
-            if violations.get(nearest, least) >= least:
-                break
-            least, start = violations[nearest], nearest
-        return start
-
-    def _infeasible(self, nearest: Architecture) -> str:
-        network = self.space.lower(nearest)
-        figures = self.figures(network)
-        violations = self.violations(network, figures)
-        for name, device in self.devices.items():
-            if violations[f"legal@{name}"]:
-                why = device.refusal(network)
-                return f"no architecture found runs on all devices: {why}; change the space or the devices"
-        return nearest_message([evaluation_of(nearest, network, figures)], [x for x in self.limits if x.key in figures])
 
 
 def evaluation_of(architecture: Architecture, network: Network, figures: Figures) -> Evaluation:
@@ -413,7 +396,10 @@ class _Search:
 
     def run(self, storage: Storage, limits: Sequence[Limit]) -> ParetoFront:
         costs = self.costs
-        first = list(dict.fromkeys(self._first(costs.feasible_architecture(self.seed))))
+        reached = reachable(costs, self.seed)
+        for each in reached.ranges:
+            log.info("%s", each)
+        first = list(dict.fromkeys(self._first(reached.architecture)))
         name = study_name(self.evaluator, costs.objectives, limits, costs.devices, self.settings, self.seed)
         trials = self.settings.trials
         with open_study(storage, name, costs.objectives) as study:

@@ -62,15 +62,15 @@ class CostTable:
         total: np.ndarray = np.zeros((codes.shape[0], self.width), self.dtype)
         fed_with = np.zeros(codes.shape[0], np.int64)
         summed = self.width - self.maxima
+        largest: np.ndarray = np.zeros((codes.shape[0], self.maxima), self.dtype)
         for slot in self._slots:
             row = slot.rows(columns, fed_with)
             values = slot.values.take(row, axis=0)
+            total += values  # whole rows: of the maxima too, which are replaced below
             if self.maxima:
-                total[:, :summed] += values[:, :summed]
-                np.maximum(total[:, summed:], values[:, summed:], out=total[:, summed:])
-            else:
-                total += values
+                np.maximum(largest, values[:, summed:], out=largest)
             fed_with = slot.makes.take(row)
+        total[:, summed:] = largest
         return total
 
     def slot_costs(self, slot: int, codes: np.ndarray, fed_with: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -174,7 +174,7 @@ def test_limits_out_of_reach_are_told_before_anything_runs(toy: ProfiledDevice) 
     smallest = min(evaluator.space.lower(a).macs for a in (evaluator.space.smallest,))
     with pytest.raises(Infeasible) as caught:
         run(evaluator, [maximize("accuracy")], [at_most("macs", 10), at_most("params", 1e9)])
-    assert "what binds is macs<=10. The nearest reachable point is" in str(caught.value)
+    assert "what binds is macs<=10 (macs is reachable from" in str(caught.value)
     assert f"macs={smallest}" in str(caught.value)
     assert not evaluator.asked
 
@@ -523,12 +523,3 @@ def test_accuracy_is_that_of_the_network_that_would_be_exported() -> None:
         assert evaluator.accuracy(architecture, "val_front") == pytest.approx(
             correct / len(split), abs=1.5 / len(split)
         )
-
-
-def test_descending_finds_what_random_architectures_miss() -> None:
-    space = tiny.space()
-    macs = space.lower(space.smallest).macs
-    bytes_ = space.lower(space.with_precision(space.smallest, "int8")).model_bytes
-    costs = Costs(space, [maximize("accuracy")], [at_most("macs", macs), at_most("model_bytes", bytes_)], {})
-    found = space.lower(costs.feasible_architecture(0))
-    assert found.macs <= macs and found.model_bytes <= bytes_

@@ -1,0 +1,204 @@
+"""Limits judged before anything is evaluated, against lowering every architecture of a space."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hardware_profiles import device_names, load_device
+from nas.costs import Infeasible, Limit, ProfiledDevice, at_least, at_most, maximize, minimize
+from nas.limits import Reachable, reachable
+from nas.search import Costs
+from nas.slot_program import SlotProgram
+from search_spaces import Architecture, CostTable, MobileNet, SearchSpace, build_space
+from tests.nas import tiny
+
+ENERGY = {"origin": "fitted", "source": "made up", "power_mw": 40.0, "relative_error": 0.2, "held_out": {}}
+PATCHES = {"value": True, "source": "made up"}
+ARENA = {
+    "planner": "tflm_greedy",
+    "explicit_padding": "always",
+    "storage": "tflite",
+    "sram_overhead_bytes": {"value": 43, "source": "made up"},
+    "flash_overhead_bytes": {"value": 1000, "source": "made up"},
+}
+MUCH = {"sram_bytes": {"value": 10**9, "source": "made up"}, "flash_bytes": {"value": 10**9, "source": "made up"}}
+
+
+@cache
+def small_space() -> SearchSpace:
+    """Some thousand architectures: mixed precisions, depths, widths, resolutions and patches."""
+    space = MobileNet(
+        resolutions=(8, 12),
+        channels=1,
+        classes=3,
+        widths=(8, 16),
+        width_multipliers=(0.5, 1.0),
+        strides=(1, 2),
+        depths=(1, 2),
+        kernels=(3, 5),
+        expansions=(1, 2),
+        stem_width=8,
+        head_width=16,
+        patches=(1, 2),
+    )
+    one = {"stage1.depth": [1], "stage1.block0.kernel": [3], "stage2.block1.kernel": [5], "head.width": [16]}
+    one |= {"stage1.block0.expansion": [2], "stage2.block0.expansion": [2], "stem.width": [8]}
+    mixed = ("stem.precision", "stage2.block0.expand.precision", "stage2.block1.project.precision")
+    genes = [choice.name for choice in space.choices if choice.role == "precision" and choice.name not in mixed]
+    return space.restricted(one | {name: ["int8"] for name in genes})
+
+
+def two_devices(folder: Path) -> dict[str, ProfiledDevice]:
+    """One that runs patches and whose SRAM is a largest of slots; one with an arena and other prices."""
+    toy = tiny.device(folder, energy=ENERGY, patches=PATCHES, limits=MUCH)
+    coefficients = {"conv.int8.macs": 3e-6, "depthwise.int8.count": 0.05, "quantize.int8.bytes": 1e-6}
+    coefficients |= {f"{f}.{p}.count": 0.01 for f in tiny.KERNELS for p in ("fp32", "int8")}
+    coefficients |= {f"{f}.{p}.count": 0.0 for f in ("add", "average_pool", "reshape") for p in ("fp32", "int8")}
+    coefficients["dequantize.int8.count"] = 0.02
+    latency = {"origin": "derived", "source": "made up", "constant_ms": 0.5, "coefficients_ms": coefficients}
+    arena = tiny.device(folder, "arena", memory=ARENA, latency=latency, limits=MUCH)
+    return {device.name: ProfiledDevice(device) for device in (toy, arena)}
+
+
+KINDS = ("macs", "params", "model_bytes", "int8_macs_share")
+ON_DEVICES = ("latency_ms", "sram_bytes", "flash_bytes", "macs")
+
+
+class Listed:
+    """Every legal architecture with its figures, each lowered."""
+
+    def __init__(self, devices: Mapping[str, ProfiledDevice]) -> None:
+        self.devices = dict(devices)
+        keys = [*KINDS, *(f"{name}@{device}" for name in ON_DEVICES for device in devices)]
+        keys += ["energy_uj@toy"] if "toy" in devices else []
+        asked = [_limit(key, "<=", 1e12 if key != "int8_macs_share" else 1.0) for key in keys]
+        costs = Costs(small_space(), [maximize("accuracy")], asked, devices)
+        able = set(map(costs.legalize, small_space().all()))
+        self.figures = {a: costs.figures(small_space().lower(a)) for a in sorted(able, key=lambda a: a.codes)}
+        self.keys = keys
+
+    def values(self, limit: Limit) -> np.ndarray:
+        figures = [figures[limit.key] for figures in self.figures.values()]
+        if limit.confidence is None:
+            return np.array([figure.value for figure in figures])
+        return np.array([figure.high if limit.operator == "<=" else figure.low for figure in figures], float)
+
+    def met(self, limits: Sequence[Limit]) -> np.ndarray:
+        met = np.ones(len(self.figures), bool)
+        for limit in limits:
+            values = self.values(limit)
+            met &= values <= limit.value if limit.operator == "<=" else values >= limit.value
+        return met
+
+    def judge(self, limits: Sequence[Limit]) -> Reachable:
+        devices = {name: device for name, device in self.devices.items()}
+        return reachable(Costs(small_space(), [maximize("accuracy")], limits, devices))
+
+
+def _limit(key: str, operator: str, value: float, confidence: float | None = None) -> Limit:
+    name, _, device = key.partition("@")
+    return Limit(name, operator, value, device or None, confidence)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=["patches", "arena"])
+def listed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Listed:
+    devices = two_devices(tmp_path_factory.mktemp("devices"))
+    return Listed({"toy": devices["toy"]} if request.param == "patches" else devices)
+
+
+def binding_of(message: str, limits: Sequence[Limit]) -> list[Limit]:
+    told = message.split("what binds is ")[1].split(". The nearest")[0].partition(" (")[0].removesuffix(" together")
+    named = told.removesuffix(" together, though each alone can be met").split(", ")
+    return [limit for limit in limits if str(limit) in named]
+
+
+def check(listed: Listed, limits: Sequence[Limit]) -> bool:
+    """That the answer is the enumeration's; returns whether the limits can be met."""
+    if listed.met(limits).any():
+        found = listed.judge(limits)
+        figures = listed.figures[found.architecture]
+        assert all(limit.violation(figures[limit.key]) <= 0 for limit in limits)
+        return True
+    with pytest.raises(Infeasible) as caught:
+        listed.judge(limits)
+    binding = binding_of(str(caught.value), limits)
+    assert binding and not listed.met(binding).any(), str(caught.value)
+    for fewer in itertools.combinations(binding, len(binding) - 1):
+        assert listed.met(fewer).any(), str(caught.value)
+    return False
+
+
+def test_the_small_space_has_what_is_hard(listed: Listed) -> None:
+    architectures = list(listed.figures)
+    assert 500 < len(architectures) < 5000
+    assert {a["patches"] for a in architectures} == ({1} if "arena" in listed.devices else {1, 2})
+    assert {a["stem.precision"] for a in architectures} == {"fp32", "int8"}
+
+
+def test_ranges_are_those_of_the_enumeration(listed: Listed) -> None:
+    plain = [_limit(key, op, 0.5) for key in listed.keys for op in ("<=", ">=")]
+    sure = [
+        _limit(key, op, 0.5, 0.95)
+        for key in ("latency_ms@toy", "energy_uj@toy")
+        for op in ("<=", ">=")
+        if key in listed.keys
+    ]
+    exact = 0
+    for limit in plain + sure:
+        values = listed.values(limit)
+        worst = max(values) if limit.operator == "<=" else min(values)
+        anything = Limit(limit.name, limit.operator, float(worst), limit.device, limit.confidence)
+        found = next(each for each in listed.judge([anything]).ranges if each.limit == anything)
+        assert found.least is not None and found.most is not None and found.share is not None
+        # what is only found must not be better than what there is
+        assert found.least >= min(values) * (1 - 1e-12) and found.most <= max(values) * (1 + 1e-12), found
+        if found.least_is_exact:
+            assert found.least == pytest.approx(min(values), rel=1e-12), found
+        if found.most_is_exact:
+            assert found.most == pytest.approx(max(values), rel=1e-12), found
+        assert found.least <= min(values) * 1.02 and found.most >= max(values) * 0.98, found
+        exact += found.least_is_exact + found.most_is_exact
+        assert found.share == 1.0
+    assert exact > len(plain + sure)
+
+
+def test_random_limits_are_met_or_refused_as_the_enumeration_says(listed: Listed) -> None:
+    rng = np.random.default_rng(5)
+    reached: list[tuple[int, bool]] = []
+    for count in (1, 1, 2, 2, 2, 2, 3, 3, 3, 3) * 4:
+        limits = []
+        middle = listed.figures[list(listed.figures)[int(rng.integers(len(listed.figures)))]]
+        for key in rng.choice(listed.keys, count, replace=False):
+            operator = "<=" if rng.random() < 0.7 else ">="
+            able = key.split("@")[0] in ("latency_ms", "energy_uj") and key.endswith("toy")
+            confidence = 0.95 if able and rng.random() < 0.5 else None
+            limit = _limit(key, operator, 0.5, confidence)
+            values = np.unique(listed.values(limit))
+            place = values[int(np.clip(len(values) * rng.choice([0.02, 0.1, 0.4]), 0, len(values) - 1))]
+            place = place if operator == "<=" else values[-1] - (place - values[0])
+            if rng.random() < 0.3:
+                place = middle[str(key)].value
+            bound = float(place) * (1 + 1e-9 if operator == "<=" else 1 - 1e-9)
+            limits.append(_limit(key, operator, min(bound, 1.0) if key == "int8_macs_share" else bound, confidence))
+        reached.append((count, check(listed, limits)))
+    assert {met for count, met in reached if count > 1} == {True, False}
+
+
+def test_just_beyond_the_least_is_refused_and_just_within_is_met(listed: Listed) -> None:
+    for key in listed.keys:
+        for operator in ("<=", ">="):
+            values = listed.values(_limit(key, operator, 0.5))
+            best = float(min(values) if operator == "<=" else max(values))
+            if key == "int8_macs_share" and best in (0.0, 1.0):
+                continue
+            sign = 1 if operator == "<=" else -1
+            assert not check(listed, [_limit(key, operator, best * (1 - sign * 1e-6))])
+            assert check(listed, [_limit(key, operator, best * (1 + sign * 1e-9))])
