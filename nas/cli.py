@@ -190,6 +190,8 @@ def _pareto(parsed: argparse.Namespace) -> None:
     from nas.pipeline import Run
 
     front = Run.open(parsed.run).front
+    if parsed.device:
+        front = front.of_device(parsed.device)
     limits = [parse_limit(text) for text in parsed.limit]
     kept = front.filter(limits)
     if not kept.points:
@@ -587,6 +589,7 @@ def _parser() -> argparse.ArgumentParser:
     chosen = pareto.add_mutually_exclusive_group()
     chosen.add_argument("--best", metavar="FIGURE", help="only the best point in a figure, such as accuracy")
     chosen.add_argument("--knee", action="store_true", help="only the point where trading stops paying")
+    pareto.add_argument("--device", metavar="NAME", help="only the front of one of the devices of the objectives")
     pareto.add_argument("--format", choices=list(FORMATS), default="table")
     pareto.add_argument("--plot", type=Path, metavar="FILE.png")
     export = verb("export", _export, "Export a subnet of a run as a verified ONNX model.")

@@ -17,7 +17,7 @@ from search_spaces import Network
 Origin = Literal["measured", "simulated", "predicted", "exact"]
 UPPER_CONFIDENCE = 0.95  # a 90 % interval has 95 % of the values below its upper end
 Z_90 = 1.6448536269514722  # standard deviations from the mean to either end of a normal's central 90 %
-MOST_OBJECTIVES = 3
+MOST_OBJECTIVES = 4  # beyond, nearly all that is evaluated is non-dominated
 
 # name -> (unit, whether more is better, whether it belongs to a device)
 FIGURES: Mapping[str, tuple[str, bool, bool]] = {
@@ -346,9 +346,9 @@ def cheap_figures(network: Network, keys: Iterable[str], devices: Mapping[str, P
 
 
 def check_objectives(objectives: Sequence[Objective]) -> None:
-    """Raise ValueError unless there are one to three different objectives."""
+    """Raise ValueError unless there are one to four different objectives."""
     if not 1 <= len(objectives) <= MOST_OBJECTIVES:
-        raise ValueError(f"{len(objectives)} objectives; expected one to three")
+        raise ValueError(f"{len(objectives)} objectives; expected one to four")
     keys = [objective.key for objective in objectives]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice:

@@ -153,6 +153,28 @@ class ParetoFront:
         others = (*self.others, *(point for point in self.points if not meets(point, limits)))
         return replace(self, points=kept, others=others, limits=tuple(dict.fromkeys((*self.limits, *limits))))
 
+    def per_device(self) -> dict[str, ParetoFront]:
+        """The front of each device that an objective names: by the objectives without a device, and its own.
+
+        What no other beats for one device is beaten by none for all of them, so these are points of this front, of
+        one search under the limits of all devices; the rest are among the `others`.
+        """
+        names = dict.fromkeys(o.device for o in self.objectives if o.device is not None)
+        return {name: self._of_device(name) for name in names}
+
+    def of_device(self, name: str) -> ParetoFront:
+        """The front of one device; raises UnknownFigure for a device that no objective names."""
+        fronts = self.per_device()
+        if name not in fronts:
+            known = ", ".join(fronts) or "none"
+            raise UnknownFigure(f"no objective of the front is of the device {name!r}; those of devices are of {known}")
+        return fronts[name]
+
+    def _of_device(self, name: str) -> ParetoFront:
+        own = tuple(o for o in self.objectives if o.device in (None, name))
+        cut = ParetoFront.of(self.points, own, noise=self.noise)
+        return replace(self, objectives=own, points=cut.points, others=(*self.others, *cut.others))
+
     def best(self, objective: str, limits: Mapping[str, float] | Iterable[Limit] = ()) -> Evaluation:
         """The point that is best in one objective among those that meet the limits.
 
@@ -315,6 +337,7 @@ def to_dict(front: ParetoFront) -> dict[str, object]:
         ],
         "limits": [str(limit) for limit in front.limits],
         "noise": dict(front.noise or {}),
+        "per_device": {name: [point.id for point in part.points] for name, part in front.per_device().items()},
         "points": [_to_dict(point) for point in front.points],
         "others": [_to_dict(point) for point in front.others],
     }

@@ -16,6 +16,7 @@ limited sum or that cannot end within the limits.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 RANDOM = 4_000  # architectures, of which the share that meets a limit is told
 RANDOM_LOWERED = 200  # where each has to be lowered
 STARTS = 3  # from which a descent goes down
+STARTS_LOWERED = 2  # where each neighbour has to be lowered
 MOST_STEPS = 200  # of a descent
-MOST_STEPS_LOWERED = 6  # where each neighbour has to be lowered
+MOST_STEPS_LOWERED = 6
 MULTIPLIER_STEPS = 60
 MOST_LABELS = 2_000  # partial architectures kept at once; beyond that nothing is proven
 MOST_PEAKS = 64  # peaks of memory, from the smallest, at which the least of the rest is looked for
@@ -225,18 +227,41 @@ class _Judge:
             chosen[place][int(np.argmax(peaks[place]))] = -1.0
             ways = [chosen, [-each for each in rest]]
             return [self.program.codes(self.program.least(way)[1]) for way in ways], -math.inf
+        if self.patched:
+            return self._patched_starts(peaks)
         lowest, _ = self.program.least(peaks, largest=True)
         thresholds = [each for each in np.unique(np.concatenate(peaks)) if each >= lowest][:MOST_PEAKS]
         found: list[tuple[float, np.ndarray]] = []
-        device = str(limit.device)
-        for threshold in thresholds:
+        for threshold in thresholds if any(each.any() for each in rest) else [lowest]:
             costs = [np.where(p <= threshold, r, np.inf) for p, r in zip(peaks, rest, strict=True)]
             least, rows = self.program.least(costs)
-            found.append((float(self.table.sram_bytes(device, threshold)) + least, self.program.codes(rows)))
-            if not any(each.any() for each in rest):
-                break  # nothing but the peak counts
+            least += float(self.table.sram_bytes(str(limit.device), np.asarray(threshold)))
+            found.append((least, self.program.codes(rows)))
         found.sort(key=lambda each: each[0])
         return [codes for _, codes in found[:STARTS]], found[0][0]
+
+    def _patched_starts(self, peaks: RowCosts) -> tuple[list[np.ndarray], float]:
+        """For each way to run in patches, whose own memory is not known: the least MACs and bytes, as shares of the most
+        of a slot, at the least peak of the rest."""
+        assert self.program is not None
+        ways = [i for i, choice in enumerate(self.space.choices) if choice.role in ("patches", "patch_stages")]
+        starts: list[np.ndarray] = []
+        sizes = [slot.costs[:, [0, 3]] for slot in self.slots]
+        largest = np.max([each.max(axis=0) for each in sizes], axis=0)
+        for way in itertools.product(*(self.legal[i] for i in ways)):
+            out = []
+            for slot in self.slots:
+                odd = [slot.codes[:, i] != code for i, code in zip(ways, way, strict=True) if i in slot.reads]
+                out.append(np.where(np.logical_or.reduce([np.zeros(len(slot.origin), bool), *odd]), np.inf, 0.0))
+            lowest, _ = self.program.least([p + o for p, o in zip(peaks, out, strict=True)], largest=True)
+            costs = [
+                np.where(p + o <= lowest, (size / largest).sum(axis=1), np.inf)
+                for size, p, o in zip(sizes, peaks, out, strict=True)
+            ]
+            least, rows = self.program.least(costs)
+            if math.isfinite(lowest) and math.isfinite(least):
+                starts.append(self.program.codes(rows))
+        return starts, -math.inf
 
     def _searched(self, limit: Limit, sign: float, starts: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
         """The least or most of a figure that a descent finds."""
@@ -292,6 +317,7 @@ class _Judge:
         for limit in limits:
             if limit.name == "sram_bytes" and limit.operator == "<=":
                 peak, _ = self.table.peak_and_kept(limit.key)
+                tried += self._sram_starts(limit, 1.0)[0] if self.patched else []
                 for keep, slot in zip(kept, self.slots, strict=True):
                     keep &= self.table.sram_bytes(str(limit.device), slot.costs[:, peak]) <= limit.value
             elif (made := self._sum_of(limit)) is not None:
@@ -396,7 +422,7 @@ class _Judge:
         scores = score(codes, math.inf)
         ends = [
             self._down(codes[i], float(scores[i]), score, MOST_STEPS_LOWERED if lowered else MOST_STEPS, enough)
-            for i in np.argsort(scores, kind="stable")[: 1 if lowered else STARTS]
+            for i in np.argsort(scores, kind="stable")[: STARTS_LOWERED if lowered else STARTS]
         ]
         return min(ends, key=lambda each: each[0])[1]
 

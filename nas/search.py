@@ -217,7 +217,7 @@ def search(
     Args:
         supernet: trained.
         data: accuracy is that on its val_search split.
-        objectives: one to three, such as `nas.maximize("accuracy")`, `nas.minimize("latency_ms", cpu)`.
+        objectives: one to four, such as `nas.maximize("accuracy")`, `nas.minimize("latency_ms", cpu)`.
         limits: hard; an architecture beyond one is not run when that can be seen before.
         devices: the profiled devices that objectives and limits name by a text; those given to
             `nas.minimize` and its like as devices need not be repeated.

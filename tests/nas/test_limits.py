@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hardware_profiles import device_names, load_device
-from nas.costs import Infeasible, Limit, ProfiledDevice, at_least, at_most, maximize, minimize
+from nas.costs import Infeasible, Limit, ProfiledDevice, maximize
 from nas.limits import Reachable, reachable
 from nas.search import Costs
-from nas.slot_program import SlotProgram
-from search_spaces import Architecture, CostTable, MobileNet, SearchSpace, build_space
+from search_spaces import MobileNet, SearchSpace
 from tests.nas import tiny
 
 ENERGY = {"origin": "fitted", "source": "made up", "power_mw": 40.0, "relative_error": 0.2, "held_out": {}}
@@ -50,7 +46,7 @@ def small_space() -> SearchSpace:
         patches=(1, 2),
     )
     one = {"stage1.depth": [1], "stage1.block0.kernel": [3], "stage2.block1.kernel": [5], "head.width": [16]}
-    one |= {"stage1.block0.expansion": [2], "stage2.block0.expansion": [2], "stem.width": [8]}
+    one |= {"stage2.block0.expansion": [2], "stem.width": [8]}
     mixed = ("stem.precision", "stage2.block0.expand.precision", "stage2.block1.project.precision")
     genes = [choice.name for choice in space.choices if choice.role == "precision" and choice.name not in mixed]
     return space.restricted(one | {name: ["int8"] for name in genes})
@@ -99,8 +95,7 @@ class Listed:
         return met
 
     def judge(self, limits: Sequence[Limit]) -> Reachable:
-        devices = {name: device for name, device in self.devices.items()}
-        return reachable(Costs(small_space(), [maximize("accuracy")], limits, devices))
+        return reachable(Costs(small_space(), [maximize("accuracy")], limits, self.devices))
 
 
 def _limit(key: str, operator: str, value: float, confidence: float | None = None) -> Limit:
@@ -138,7 +133,7 @@ def check(listed: Listed, limits: Sequence[Limit]) -> bool:
 
 def test_the_small_space_has_what_is_hard(listed: Listed) -> None:
     architectures = list(listed.figures)
-    assert 500 < len(architectures) < 5000
+    assert 300 < len(architectures) < 3000
     assert {a["patches"] for a in architectures} == ({1} if "arena" in listed.devices else {1, 2})
     assert {a["stem.precision"] for a in architectures} == {"fp32", "int8"}
 
@@ -173,7 +168,7 @@ def test_ranges_are_those_of_the_enumeration(listed: Listed) -> None:
 def test_random_limits_are_met_or_refused_as_the_enumeration_says(listed: Listed) -> None:
     rng = np.random.default_rng(5)
     reached: list[tuple[int, bool]] = []
-    for count in (1, 1, 2, 2, 2, 2, 3, 3, 3, 3) * 4:
+    for count in (1, 2, 2, 2, 3, 3, 3, 3) * 3:
         limits = []
         middle = listed.figures[list(listed.figures)[int(rng.integers(len(listed.figures)))]]
         for key in rng.choice(listed.keys, count, replace=False):
@@ -193,8 +188,8 @@ def test_random_limits_are_met_or_refused_as_the_enumeration_says(listed: Listed
 
 
 def test_just_beyond_the_least_is_refused_and_just_within_is_met(listed: Listed) -> None:
-    for key in listed.keys:
-        for operator in ("<=", ">="):
+    for place, key in enumerate(listed.keys):
+        for operator in ("<=", ">=")[place % 2 :]:
             values = listed.values(_limit(key, operator, 0.5))
             best = float(min(values) if operator == "<=" else max(values))
             if key == "int8_macs_share" and best in (0.0, 1.0):

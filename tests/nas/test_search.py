@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 import nas
 from hardware_profiles import load_device
 from nas.costs import Infeasible, ProfiledDevice, UnknownFigure, at_least, at_most, maximize, minimize
-from nas.search import Costs, Evaluator, devices_of, storage_url, study_name
+from nas.search import Evaluator, devices_of, storage_url, study_name
 from nas.supernet import Supernet
 from search_spaces import Architecture, MobileNet, SearchSpace
 from tests.nas import tiny
