@@ -241,8 +241,8 @@ class _Judge:
         return [codes for _, codes in found[:STARTS]], found[0][0]
 
     def _patched_starts(self, peaks: RowCosts) -> tuple[list[np.ndarray], float]:
-        """For each way to run in patches, whose own memory is not known: the least MACs and bytes, as shares of the most
-        of a slot, at the least peak of the rest."""
+        """For each way to run in patches, whose own memory is not known: the least MACs and bytes, as shares of the
+        most of a slot, at the least peak of the rest."""
         assert self.program is not None
         ways = [i for i, choice in enumerate(self.space.choices) if choice.role in ("patches", "patch_stages")]
         starts: list[np.ndarray] = []

@@ -63,7 +63,9 @@ def _bars(points: tuple[Evaluation, ...], objective: Objective) -> list[list[flo
 
 
 def plot_front(front: ParetoFront, path: Path) -> None:
-    """The first objective over the second; a third is the colour, a fourth is not drawn. Dominated points are pale, limits are lines.
+    """The first objective over the second; a third is the colour, a fourth is not drawn.
+
+    Dominated points are pale, limits are lines.
 
     The format is that of the suffix, which may be any that matplotlib knows; raises ValueError for another.
     """

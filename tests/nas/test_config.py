@@ -69,7 +69,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"devices": [{"name": "host-cpu", "error": 1.5}]}, "error = 1.5; expected a share such as 0.05"),
     ({"search": {"objectives": ["latency_ms"]}}, "latency_ms belongs to a device"),
     ({"search": {"objectives": ["acuracy"]}}, "did you mean 'accuracy'?"),
-    ({"search": {"objectives": []}}, "0 objectives; expected one to three"),
+    ({"search": {"objectives": []}}, "0 objectives; expected one to four"),
     ({"search": {"objectives": ["macs", "macs"]}}, "macs is given twice"),
     ({"search": {"limits": ["macs<=5KiB"]}}, "macs is in macs, not 'KiB'"),
     ({"search": {"confidence": 0.9}}, "only 0.95 can be asked for"),

@@ -142,11 +142,12 @@ def test_objectives_carry_their_direction_and_their_device(tmp_path: Path) -> No
             parse_objective(wrong)
 
 
-def test_one_to_three_different_objectives() -> None:
-    wanted = [maximize("accuracy"), minimize("macs"), minimize("params"), minimize("model_bytes")]
-    check_objectives(wanted[:3])
+def test_one_to_four_different_objectives() -> None:
+    names = ("macs", "params", "model_bytes", "int8_macs_share")
+    wanted = [maximize("accuracy"), *(minimize(name) for name in names)]
+    check_objectives(wanted[:4])
     for wrong in ([], wanted, [wanted[0], wanted[0]]):
-        with pytest.raises(ValueError, match=r"expected one to three|given twice"):
+        with pytest.raises(ValueError, match=r"expected one to four|given twice"):
             check_objectives(wrong)
 
 

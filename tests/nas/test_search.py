@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import yaml
 from optuna.trial import TrialState
 
 import nas
@@ -248,6 +249,61 @@ def test_what_a_device_cannot_run_is_infinite_and_never_on_the_front(sampler: st
     study = optuna.load_study(study_name=None, storage=storage)
     illegal = [t for t in study.trials if t.state == TrialState.COMPLETE and t.constraints["legal@toy"] > 0]
     assert illegal and all(math.isinf(t.values[1]) for t in illegal)
+
+
+def test_one_search_has_a_front_for_each_device(tmp_path: Path, toy: ProfiledDevice) -> None:
+    free = {f"{family}.{p}.macs": 1e-9 for family in ("conv", "linear") for p in ("fp32", "int8")}
+    dear = {f"pointwise.{p}.macs": 3e-6 for p in ("fp32", "int8")} | {"depthwise.int8.macs": 9e-6}
+    held = dict.fromkeys(yaml.safe_load(tiny.device_yaml())["latency"]["coefficients_ms"], 0.0)
+    latency = {"origin": "derived", "source": "made up", "constant_ms": 0.1, "coefficients_ms": held | free | dear}
+    other = ProfiledDevice(tiny.device(tmp_path, "other", latency=latency))
+    wanted = [maximize("accuracy"), minimize("latency_ms", toy), minimize("latency_ms", other)]
+    front = run(tiny.FakeEvaluator(tiny.space()), wanted)
+    parts = front.per_device()
+    assert list(parts) == ["toy", "other"]
+    everything = [*front.points, *front.others]
+    for name, part in parts.items():
+        key = f"latency_ms@{name}"
+        assert [objective.key for objective in part.objectives] == ["accuracy", key]
+        values = {(e["accuracy"], e[key]) for e in everything}
+        best = {v for v in values if not any(u != v and u[0] >= v[0] and u[1] <= v[1] for u in values)}
+        assert {(e["accuracy"], e[key]) for e in part.points} == best
+        assert len(part.points) + len(part.others) == len(everything)
+    assert {p.id for p in parts["toy"].points} != {p.id for p in parts["other"].points}
+    assert nas.front.to_dict(front)["per_device"] == {n: [p.id for p in part.points] for n, part in parts.items()}
+    assert front.of_device("toy") == parts["toy"]
+    with pytest.raises(UnknownFigure, match="those of devices are of toy, other"):
+        front.of_device("third")
+    four = [*wanted, minimize("model_bytes")]
+    assert len(run(tiny.FakeEvaluator(tiny.space()), four).points) >= len(front.points)
+
+
+def test_limits_of_two_devices_that_can_only_be_met_apart_say_so(tmp_path: Path, toy: ProfiledDevice) -> None:
+    """What is fast on one has fp32 in the layer that the other is slow in."""
+    free = dict.fromkeys(yaml.safe_load(tiny.device_yaml())["latency"]["coefficients_ms"], 0.0)
+    coefficients = free | {"conv.int8.count": 1.0, "conv.fp32.count": 0.1}
+    latency = {"origin": "derived", "source": "made up", "constant_ms": 0.1, "coefficients_ms": coefficients}
+    other = ProfiledDevice(tiny.device(tmp_path, "other", latency=latency))
+    first, second = at_most("model_bytes", 900, None), at_most("latency_ms", 0.25, other)
+    space = tiny.space()
+    coded = [space.with_precision(space.smallest, p) for p in ("fp32", "int8")]
+    ours = sorted(toy.figure(space.lower(a), "latency_ms").value for a in coded)
+    limits = [at_most("latency_ms", ours[0] * 1.001, toy), second]
+    for each in limits:
+        assert run(tiny.FakeEvaluator(space), [maximize("accuracy")], [each], trials=4).points
+    with pytest.raises(Infeasible) as caught:
+        run(tiny.FakeEvaluator(space), [maximize("accuracy")], [*limits, first])
+    assert "together, though each alone can be met (latency_ms@toy is reachable from" in str(caught.value)
+    assert "no architecture meets" in str(caught.value)
+
+
+def test_a_search_tells_what_its_limits_leave(toy: ProfiledDevice, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="nas.search"):
+        limits = [at_most("macs", 60_000), at_least("accuracy", 0.1)]
+        run(tiny.FakeEvaluator(tiny.space()), [maximize("accuracy")], limits, trials=4)
+    assert "macs <= 60,000: reachable from 16,536 to 95,536; " in caplog.text
+    assert "of 4,000 random architectures meet it" in caplog.text
+    assert "accuracy >= 0.1: judged during the search" in caplog.text
 
 
 def test_a_space_that_no_device_layer_covers_says_which(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Figures of codes against those of each lowered network, over every family and several devices."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hardware_profiles import load_device
+from nas.costs import ProfiledDevice, at_least, at_most, maximize
+from nas.search import Costs
+from search_spaces import FAMILIES, CompactTransformer, MobileNet, SearchSpace
+from tests.nas import tiny
+
+SPACES = {
+    "mobilenet": MobileNet(resolutions=(8, 12), widths=(8, 16), depths=(1, 2), squeeze_excite=(False, True)),
+    "patches": MobileNet(resolutions=(16,), widths=(8, 16), depths=(1, 2), patches=(1, 2, 3), strides=(1, 2)),
+    "compact_transformer": CompactTransformer(resolutions=(8, 16), embeddings=(32, 48), depths=(1, 2), head_size=16),
+}
+DEVICES = ("adreno540", "host-cpu", "nrf5340-cmsisnn", "stm32h743", "stm32h743-tflm", "stm32h7a3-xcubeai")
+
+
+def random_codes(space: SearchSpace, count: int) -> np.ndarray:
+    """Of which a half is in one precision, which some device has, and not all are canonical."""
+    rng = np.random.default_rng(3)
+    columns = []
+    for choice in space.choices:
+        drawn = rng.integers(len(choice.options), size=count)
+        if choice.role == "precision":
+            drawn[: count // 2] = len(choice.options) - 1
+        columns.append(drawn)
+    return np.stack(columns, axis=1)
+
+
+def test_every_family_is_here() -> None:
+    assert {space.family for space in SPACES.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_figures_of_codes_are_those_of_the_networks(space: SearchSpace, name: str) -> None:
+    device = ProfiledDevice(load_device(name))
+    model = device.profile.latency_model
+    limits = [at_most("flash_bytes", 150_000, device), at_most("macs", 3e5, device), at_least("int8_macs_share", 0.2)]
+    if device.has_latency:
+        limits.append(at_most("latency_ms", 5.0, device, confidence=0.95 if model.relative_error else None))
+    if device.profile.planner:
+        limits.append(at_most("sram_bytes", 20_000, device))
+    if device.profile.energy_model:
+        limits.append(at_least("energy_uj", 1.0, device))
+    costs = Costs(space, [maximize("accuracy")], limits, {name: device})
+    codes = random_codes(space, 16)
+    found, allowed = costs.of_codes(codes), costs.allowed(codes)
+    bounds, _ = costs.table.bounds(codes)
+    assert set(found) == {*costs.keys, *(str(limit) for limit in costs.limits if limit.confidence)} - {"accuracy"}
+    for i, row in enumerate(codes):
+        network = space.lower(space.from_codes(row))
+        figures = costs.figures(network)
+        for key, figure in figures.items():
+            if key.startswith(("latency_ms", "energy_uj")):
+                assert found[key][i] == pytest.approx(figure.value, rel=1e-12), key
+            else:
+                assert found[key][i] == figure.value, key
+            assert bounds[key].value[i] <= figure.value * (1 + 1e-12), key
+        for limit in (limit for limit in costs.limits if limit.confidence and math.isfinite(figures[limit.key].value)):
+            assert found[str(limit)][i] == pytest.approx(figures[limit.key].high, rel=1e-12)
+        assert allowed[i] == (max(costs.violations(network, figures).values(), default=0.0) <= 0)
+
+
+def test_what_is_bounded_beyond_a_limit_is_not_lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = {"planner": "tflm_greedy", "storage": "tflite"}
+    memory |= {n: {"value": 0, "source": "made up"} for n in ("sram_overhead_bytes", "flash_overhead_bytes")}  # type: ignore[misc]
+    device = ProfiledDevice(tiny.device(tmp_path, memory=memory, limits=None))
+    space = tiny.space()
+    codes = random_codes(space, 60)
+    needed = [device.profile.sram_bytes(space.lower(space.from_codes(row))) for row in codes]
+    limit = at_most("sram_bytes", float(np.median(needed)), device)
+    costs = Costs(space, [maximize("accuracy")], [limit], {"toy": device})
+    lowered: list[object] = []
+    lower = MobileNet.lower
+    monkeypatch.setattr(MobileNet, "lower", lambda self, a: lowered.append(a) or lower(self, a))
+    assert costs.allowed(codes).tolist() == [bytes_ <= limit.value for bytes_ in needed]
+    assert 0 < len(lowered) < 60
