@@ -14,7 +14,7 @@ from hardware_profiles import DeviceProfile, Prediction, UnsupportedLayer
 from predictors import LatencyPredictor, NewDevicePredictor
 from search_spaces import Network
 
-Origin = Literal["measured", "simulated", "predicted", "exact"]
+Origin = Literal["measured", "simulated", "predicted", "exact", "given"]  # given: what a table or study of others says
 UPPER_CONFIDENCE = 0.95  # a 90 % interval has 95 % of the values below its upper end
 Z_90 = 1.6448536269514722  # standard deviations from the mean to either end of a normal's central 90 %
 MOST_OBJECTIVES = 4  # beyond, nearly all that is evaluated is non-dominated
@@ -192,23 +192,27 @@ def _key(name: str, device: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What to make as large or as small as possible; the direction travels with it, and the device if it was given."""
+    """What to make as large or as small as possible; the direction travels with it, and the device if it was given.
+
+    A `foreign` one is a column of a table or an objective of a study that is not ours: any name, no unit.
+    """
 
     name: str
     direction: Literal["maximize", "minimize"]
     device: str | None = None
     profiled: ProfiledDevice | None = field(default=None, compare=False, repr=False)
+    foreign: bool = False
 
     def __post_init__(self) -> None:
         _ = self.key
 
     @property
     def key(self) -> str:
-        return _key(self.name, self.device)
+        return self.name if self.foreign else _key(self.name, self.device)
 
     @property
     def unit(self) -> str:
-        return FIGURES[self.name][0]
+        return "" if self.foreign else FIGURES[self.name][0]
 
     def cost(self, value: float) -> float:
         """The value turned so that less is better."""
@@ -217,7 +221,10 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A bound that a chosen architecture must meet. With a confidence, the end of the interval must meet it."""
+    """A bound that a chosen architecture must meet. With a confidence, the end of the interval must meet it.
+
+    `foreign` as in `Objective`.
+    """
 
     name: str
     operator: Literal["<=", ">="]
@@ -225,9 +232,10 @@ class Limit:
     device: str | None = None
     confidence: float | None = None
     profiled: ProfiledDevice | None = field(default=None, compare=False, repr=False)
+    foreign: bool = False
 
     def __post_init__(self) -> None:
-        unit = FIGURES[self.name][0] if self.key else ""
+        unit = FIGURES[self.name][0] if self.key and not self.foreign else ""
         if not math.isfinite(self.value):
             raise ValueError(f"limit {self.key}{self.operator}{self.value}: expected a finite number")
         if unit == "fraction" and not 0 <= self.value <= 1:
@@ -238,7 +246,7 @@ class Limit:
 
     @property
     def key(self) -> str:
-        return _key(self.name, self.device)
+        return self.name if self.foreign else _key(self.name, self.device)
 
     def violation(self, figure: Figure) -> float:
         """How far the figure is beyond the limit, as a share of the limit; 0 or less when it is met.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hardware_profiles.files import read_json, write_json
-from nas.costs import Figure, Infeasible, Limit, Objective, UnknownFigure, parse_limit, parse_objective
+from nas.costs import FIGURES, Figure, Infeasible, Limit, Objective, UnknownFigure, parse_limit, parse_objective
+from nas.dominance import dominated, hypervolume
 
 if TYPE_CHECKING:
+    import optuna
     import pandas as pd
+
+    from nas.comparison import Comparison
 
 SCHEMA = 1
 
@@ -40,63 +45,6 @@ def costs_of(evaluations: Sequence[Evaluation], objectives: Sequence[Objective])
     """Objective values turned so that less is better, shape (evaluations, objectives)."""
     rows = [[objective.cost(evaluation[objective.key]) for objective in objectives] for evaluation in evaluations]
     return np.asarray(rows, dtype=float).reshape(len(evaluations), len(objectives))
-
-
-def dominated(costs: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-    """Which rows a kept row dominates, shape (n,) bool; less is better.
-
-    A row is dominated when another is worse beyond the noise nowhere, and better beyond it somewhere, or equal
-    within it everywhere: a lead within the noise counts for nothing. Rows are taken best first (by the first
-    objective, then the next). Being equal within the noise is not transitive, so rows that were dropped for the
-    sake of one that is itself dropped get a second chance.
-
-    Args:
-        costs: (n, objectives), finite.
-        noise: (objectives,) relative noise of each objective; none without it.
-    """
-    noise = np.zeros(costs.shape[1]) if noise is None else noise
-    order = [int(i) for i in np.lexsort(costs.T[::-1])]
-    kept: list[int] = []
-    for i in order:
-        if not any(_beats(costs[k], costs[i], noise, or_equals=True) for k in kept):
-            kept = [k for k in kept if not _beats(costs[i], costs[k], noise, or_equals=False)]
-            kept.append(i)
-    for i in order:
-        if i not in kept and not any(
-            _beats(costs[k], costs[i], noise, or_equals=True) or _beats(costs[i], costs[k], noise, or_equals=True)
-            for k in kept
-        ):
-            kept.append(i)
-    out = np.ones(len(costs), dtype=bool)
-    out[kept] = False
-    return out
-
-
-def _beats(a: np.ndarray, b: np.ndarray, noise: np.ndarray, *, or_equals: bool) -> bool:
-    margin = noise * np.maximum(np.abs(a), np.abs(b))
-    return bool((a <= b + margin).all() and (or_equals or (a < b - margin).any()))
-
-
-def hypervolume(costs: np.ndarray, reference: np.ndarray) -> float:
-    """Volume between a set of points and a reference point, less is better; by slicing along the last objective.
-
-    Args:
-        costs: (n, objectives); points not better than the reference everywhere count nothing.
-        reference: (objectives,).
-    """
-    costs = costs[(costs < reference).all(axis=1)]
-    if not len(costs):
-        return 0.0
-    if costs.shape[1] == 1:
-        return float(reference[0] - costs.min())
-    order = np.argsort(costs[:, -1], kind="stable")
-    costs = costs[order]
-    heights = np.diff(np.append(costs[:, -1], reference[-1]))
-    total = 0.0
-    for i, height in enumerate(heights):
-        if height > 0:
-            total += height * hypervolume(costs[: i + 1, :-1], reference[:-1])
-    return total
 
 
 @dataclass(frozen=True)
@@ -136,10 +84,49 @@ class ParetoFront:
         relative = np.array([(noise or {}).get(objective.key, 0.0) for objective in objectives])
         beaten = dominated(costs_of(feasible, objectives), relative)
         kept = [e for e, lost in zip(feasible, beaten, strict=True) if not lost]
+        on_front = {id(e) for e in kept}
         axis = objectives[min(1, len(objectives) - 1)]
         kept.sort(key=lambda e: (e[axis.key], e.id))
-        rest = tuple(e for e in evaluations if e not in kept)
+        rest = tuple(e for e in evaluations if id(e) not in on_front)
         return cls(tuple(objectives), tuple(kept), rest, space, supernet_sha256, tuple(limits), noise or None)
+
+    @classmethod
+    def from_run(cls, folder: str | Path) -> ParetoFront:
+        """The front of a run directory; raises ValueError where nothing was searched yet."""
+        path = Path(folder) / "front.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no front yet; run 'nas search {folder}'")
+        return cls.load(path)
+
+    @classmethod
+    def from_study(
+        cls,
+        study: optuna.Study,
+        objectives: Sequence[Objective | str] | None = None,
+        *,
+        noise: Mapping[str, float] | None = None,
+    ) -> ParetoFront:
+        """The front of the finished trials of any Optuna study; see `nas.front_sources.front_of_study`."""
+        from nas.front_sources import front_of_study
+
+        return front_of_study(study, objectives, noise=noise)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | Path,
+        objectives: Sequence[Objective | str],
+        *,
+        id_column: str | None = None,
+        architecture_columns: Sequence[str] = (),
+        limits: Sequence[Limit | str] = (),
+    ) -> ParetoFront:
+        """The front of a table with a row an architecture; see `nas.front_sources.front_of_csv`."""
+        from nas.front_sources import front_of_csv
+
+        return front_of_csv(
+            Path(path), objectives, id_column=id_column, architecture_columns=architecture_columns, limits=limits
+        )
 
     def __len__(self) -> int:
         return len(self.points)
@@ -182,9 +169,9 @@ class ParetoFront:
         Raises Infeasible, with the nearest point, when no point meets them, and UnknownFigure for a figure that
         the front does not have.
         """
-        wanted = parse_objective(objective)
+        wanted = self.objective(objective)
         self._known(wanted.key)
-        limits = tuple(_bounds(limits))
+        limits = tuple(self._bounds(limits))
         kept = self.filter(limits).points
         if not kept:
             raise Infeasible(nearest_message(self.points, limits))
@@ -217,9 +204,16 @@ class ParetoFront:
         corner = np.array([objective.cost(reference[objective.key]) for objective in self.objectives])
         return hypervolume(costs_of(self.points, self.objectives), corner)
 
+    def against(self, other: ParetoFront, reference: Mapping[str, float] | None = None) -> Comparison:
+        """This front and another with the same objectives, compared; see `nas.comparison.compare`."""
+        from nas.comparison import compare
+
+        return compare(self, other, reference)
+
     def find(self, id_: str) -> Evaluation:
         """The point with this id, or the only one whose id starts so."""
-        found = [point for point in self.points if point.id.startswith(id_)]
+        exact = [point for point in self.points if point.id == id_]
+        found = exact or [point for point in self.points if point.id.startswith(id_)]
         if len(found) != 1:
             raise UnknownFigure(f"{len(found)} points of the front have an id that starts with {id_!r}; expected one")
         return found[0]
@@ -237,14 +231,37 @@ class ParetoFront:
             rows.append(row | {"architecture": point.architecture})
         return pd.DataFrame(rows)
 
-    def plot(self, path: str | Path) -> None:
-        """Draw the front to a PNG (or any suffix matplotlib knows)."""
-        from nas.plot import plot_front
+    def plot(self, path: str | Path, kind: str = "front") -> None:
+        """Draw the front to a PNG (or any suffix matplotlib knows); kinds are those of `nas.front_pictures.KINDS`.
 
-        plot_front(self, Path(path))
+        Raises ValueError for another kind, or a front that it cannot show.
+        """
+        from nas.front_pictures import draw
+
+        draw(self, Path(path), kind)
+
+    def objective(self, text: str) -> Objective:
+        """An objective of the front by its key, or any figure that has a direction of its own."""
+        return next((o for o in self.objectives if o.key == text.strip()), None) or parse_objective(text)
+
+    def limit(self, text: str) -> Limit:
+        """A limit on a figure, also on one that only this front has; raises UnknownFigure or ValueError."""
+        return limit_on(text, self.objectives, self._keys())
+
+    def _bounds(self, limits: Mapping[str, float] | Iterable[Limit]) -> Iterable[Limit]:
+        if not isinstance(limits, Mapping):
+            return limits
+        return [
+            Limit(o.name, ">=" if o.direction == "maximize" else "<=", float(bound), o.device, foreign=o.foreign)
+            for key, bound in limits.items()
+            for o in [self.objective(key)]
+        ]
+
+    def _keys(self) -> set[str]:
+        return {key for point in (*self.points, *self.others) for key in point.figures}
 
     def _known(self, key: str) -> None:
-        known = {k for point in self.points for k in point.figures}
+        known = {key for point in self.points for key in point.figures}
         if self.points and key not in known:
             raise UnknownFigure(f"the front has no {key}; it has {', '.join(sorted(known))}")
 
@@ -260,10 +277,14 @@ class ParetoFront:
         if content.get("schema") != SCHEMA:
             raise ValueError(f"{path} is no front of schema {SCHEMA}; got schema {content.get('schema')!r}")
         try:
-            objectives = [Objective(o["name"], o["direction"], o["device"]) for o in content["objectives"]]  # type: ignore[attr-defined]
-            limits = tuple(_limit_from(text) for text in content["limits"])  # type: ignore[attr-defined]
+            objectives = [
+                Objective(o["name"], o["direction"], o["device"], foreign=o.get("unit", "") is None)
+                for o in content["objectives"]  # type: ignore[attr-defined]
+            ]
             points = tuple(_from_dict(point) for point in content["points"])  # type: ignore[attr-defined]
             others = tuple(_from_dict(point) for point in content["others"])  # type: ignore[attr-defined]
+            keys = {key for point in (*points, *others) for key in point.figures}
+            limits = tuple(_limit_from(text, objectives, keys) for text in content["limits"])  # type: ignore[attr-defined]
             noise = {str(key): float(value) for key, value in content["noise"].items()}  # type: ignore[attr-defined]
             space, sha256 = str(content["space"]), str(content["supernet_sha256"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -316,14 +337,25 @@ def _shown(limit: Limit, evaluation: Evaluation) -> str:
     return f"{figure.value:.6g}" + (f" (up to {end:.6g})" if limit.confidence and end is not None else "")
 
 
-def _bounds(limits: Mapping[str, float] | Iterable[Limit]) -> Iterable[Limit]:
-    if not isinstance(limits, Mapping):
-        return limits
-    return [
-        Limit(o.name, ">=" if o.direction == "maximize" else "<=", float(bound), o.device)
-        for key, bound in limits.items()
-        for o in [parse_objective(key)]
-    ]
+def limit_on(text: str, objectives: Sequence[Objective], keys: Collection[str]) -> Limit:
+    """A limit written as text, where figures of a foreign table or study may be named too.
+
+    Args:
+        objectives: if one of them is foreign, so is every other figure that is not an objective of ours.
+        keys: all figures that can be named, the objectives' included.
+
+    Raises UnknownFigure or ValueError with the right form.
+    """
+    name, *rest = re.split(r"\s*([<>]=)\s*", text.strip(), maxsplit=1)
+    ours = {objective.key for objective in objectives if not objective.foreign}
+    foreign_table = any(objective.foreign for objective in objectives)
+    if name not in keys or name in ours or (name.partition("@")[0] in FIGURES and not foreign_table):
+        return parse_limit(text)
+    try:
+        operator, number = rest
+        return Limit(name, operator, float(number), foreign=True)  # type: ignore[arg-type]
+    except ValueError:
+        raise ValueError(f"cannot read the limit {text!r}; write {name}<=NUMBER or {name}>=NUMBER") from None
 
 
 def to_dict(front: ParetoFront) -> dict[str, object]:
@@ -333,7 +365,8 @@ def to_dict(front: ParetoFront) -> dict[str, object]:
         "space": front.space,
         "supernet_sha256": front.supernet_sha256,
         "objectives": [
-            {"name": o.name, "direction": o.direction, "unit": o.unit, "device": o.device} for o in front.objectives
+            {"name": o.name, "direction": o.direction, "unit": o.unit or None, "device": o.device}
+            for o in front.objectives
         ],
         "limits": [str(limit) for limit in front.limits],
         "noise": dict(front.noise or {}),
@@ -362,6 +395,6 @@ def _from_dict(point: Mapping[str, object]) -> Evaluation:
     return Evaluation(str(point["id"]), str(point["architecture"]), values, precisions, predicted)
 
 
-def _limit_from(text: str) -> Limit:
-    bare, _, confidence = text.partition(" at ")
-    return replace(parse_limit(bare), confidence=float(confidence.rstrip("%")) / 100 if confidence else None)
+def _limit_from(text: str, objectives: Sequence[Objective], keys: Collection[str]) -> Limit:
+    bare, confidence = re.fullmatch(r"(.*?)(?: at ([0-9.]+)%)?", text).groups()  # type: ignore[union-attr]
+    return replace(limit_on(bare, objectives, keys), confidence=float(confidence) / 100 if confidence else None)
