@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hardware_profiles import DeviceProfile, LatencyModel
     from hardware_profiles.device import EnergyModel
+    from nas.comparison import Comparison
+    from nas.costs import Objective
     from nas.front import ParetoFront
     from nas.pipeline import Run
 
@@ -185,24 +187,84 @@ def _search(parsed: argparse.Namespace) -> None:
 
 
 def _pareto(parsed: argparse.Namespace) -> None:
-    from nas.costs import Infeasible, parse_limit
+    from nas.costs import Infeasible
     from nas.front import nearest_message
-    from nas.pipeline import Run
+    from nas.plot import check_picture
 
-    front = Run.open(parsed.run).front
+    if parsed.plot:
+        check_picture(parsed.plot)
+    if parsed.against:
+        _compare(parsed)
+        return
+    if parsed.reference:
+        raise ValueError("--reference belongs to --against B")
+    front = _front_of(parsed.run, parsed)
     if parsed.device:
         front = front.of_device(parsed.device)
-    limits = [parse_limit(text) for text in parsed.limit]
+    limits = [front.limit(text) for text in parsed.limit]
     kept = front.filter(limits)
     if not kept.points:
-        raise Infeasible(nearest_message(front.points, limits))
+        raise Infeasible(nearest_message(front.points or front.others, limits))
     shown = kept
     if parsed.best or parsed.knee:
         shown = replace(kept, points=(kept.best(parsed.best) if parsed.best else kept.knee(),))
     if parsed.plot:
-        kept.plot(parsed.plot)
+        kept.plot(parsed.plot, parsed.kind)
         print(f"picture: {parsed.plot}", file=sys.stderr)
     print(FORMATS[parsed.format](shown))
+
+
+def _front_of(path: Path, parsed: argparse.Namespace, like: ParetoFront | None = None) -> ParetoFront:
+    """The front of a run directory, of a front.json, or of a CSV file with the objectives given or those of another."""
+    from nas.front import ParetoFront
+    from nas.pipeline import Run
+
+    if not path.is_file():
+        if path.suffix in (".csv", ".gz", ".json"):
+            raise ValueError(f"{path}: there is no such file")
+        return Run.open(path).front
+    if path.suffix == ".json":
+        return ParetoFront.load(path)
+    objectives = parsed.objective or (like.objectives if like else ())
+    if not objectives:
+        raise ValueError(f"{path} is a table: say what is searched for, such as --objective acc:max --objective ms:min")
+    return ParetoFront.from_csv(
+        path,
+        objectives,
+        id_column=parsed.id_column,
+        architecture_columns=parsed.architecture_columns or (),
+        limits=parsed.limit,
+    )
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from nas.costs import Infeasible
+    from nas.front import nearest_message
+    from nas.front_pictures import plot_against
+
+    given = {"--best": parsed.best, "--knee": parsed.knee, "--kind": parsed.kind != "front"}
+    wrong = next((name for name, value in given.items() if value), None)
+    if wrong or parsed.format == "csv":
+        raise ValueError(f"{wrong or '--format csv'} is about one front; leave it or --against out")
+    reference: dict[str, float] = {}
+    for text in parsed.reference:
+        key, _, number = text.rpartition("=")
+        try:
+            reference[key.strip()] = float(number)
+        except ValueError:
+            raise ValueError(f"--reference {text!r}: expected FIGURE=NUMBER, such as latency_ms@host-cpu=5") from None
+    first = _front_of(parsed.run, parsed)
+    kept = []
+    for front in (first, _front_of(parsed.against, parsed, first)):
+        limits = [front.limit(text) for text in parsed.limit]
+        kept.append(front.filter(limits))
+        if not kept[-1].points:
+            raise Infeasible(nearest_message(front.points or front.others, limits))
+    comparison = kept[0].against(kept[1], reference)
+    if parsed.plot:
+        plot_against(comparison, parsed.plot)
+        print(f"picture: {parsed.plot}", file=sys.stderr)
+    print(json.dumps(comparison.to_dict(), indent=1) if parsed.format == "json" else comparison_text(comparison))
 
 
 def _export(parsed: argparse.Namespace) -> None:
@@ -448,22 +510,81 @@ def _doctor(parsed: argparse.Namespace) -> None:
 
 def table(front: ParetoFront) -> str:
     """The front as text, objectives first, in units a person reads."""
-    from nas.costs import FIGURES
-    from nas.plot import LABELS, SCALES
+    from nas.plot import title_of
 
+    foreign = {o.key for o in front.objectives if o.foreign}
     keys = [o.key for o in front.objectives]
     keys += [k for k in (front.points[0].figures if front.points else ()) if k not in keys]
     columns: dict[str, list[str]] = {"id": [point.id for point in front.points]}
     for key in keys:
         name, _, device = key.partition("@")
-        scale = SCALES[FIGURES[name][0]]
-        title = LABELS[name] + (f" {device}" if device else "")
+        title, scale = title_of(key, bool(foreign))
+        title = title.replace(f" on {device}", f" {device}")
         columns[title] = [_number(point[key] * scale) for point in front.points]
         if name == "latency_ms" and any(key in point.predicted for point in front.points):
             columns[f"predicted {device}"] = [
                 _number(point.predicted[key].value * scale) if key in point.predicted else "" for point in front.points
             ]
     return "\n".join([*_aligned(columns, str.rjust), _footer(front)])
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """Two fronts compared, in words; A is the first."""
+    from nas.plot import label, shown
+
+    objectives, both = comparison.objectives, (comparison.first, comparison.second)
+    pairs = list(zip(("B", "A"), comparison.beaten, both, strict=True))
+    columns = {
+        "": ["points", "hypervolume", "hypervolume that the other lacks", "points that the other beats", "epsilon"],
+        **{
+            name: [
+                str(len(both[i])),
+                f"{comparison.hypervolume[i]:.1%}",
+                f"{comparison.adds[i]:.1%}",
+                f"{pairs[i][1]} of {len(both[i])}",
+                f"{comparison.epsilon[i]:.1%}",
+            ]
+            for i, name in enumerate("AB")
+        },
+    }
+    corner = ", ".join(f"{label(o, set())} {_number(shown(o, comparison.reference[o.key]))}" for o in objectives)
+    noise = "; ".join(f"{key} {value:.1%}" for key, value in comparison.noise.items())
+    lines = [
+        *_aligned(columns, str.rjust),
+        f"Hypervolumes are shares of the box from the best of both to {corner}.",
+        "Epsilon is what a front must gain in every objective, in spans of both, to be as good as the other everywhere.",
+        f"Leads within the noise count for nothing: {noise}." if noise else "No noise is known, so any lead counts.",
+    ]
+    if comparison.stretches:
+        lines += ["", *_budget_lines(comparison)]
+    return "\n".join(lines)
+
+
+def _budget_lines(comparison: Comparison) -> list[str]:
+    """Who is ahead in the first objective, within which budgets of the second."""
+    from nas.plot import label, shown
+
+    aim, budget = comparison.objectives[:2]
+    names = {"first": "A", "second": "B", "neither": "neither"}
+
+    def value(number: float | None, objective: Objective) -> str:
+        return "" if number is None else _number(shown(objective, number))
+
+    columns = {
+        f"{label(budget, set())} from": [value(s.start, budget) for s in comparison.stretches],
+        "to": [value(s.end, budget) or "any" for s in comparison.stretches],
+        "ahead": [
+            names[s.leader] + (" (the other has none)" if s.mean_lead is None else "") for s in comparison.stretches
+        ],
+        f"{label(aim, set())}, mean lead": [value(s.mean_lead, aim) for s in comparison.stretches],
+        "largest": [value(s.largest_lead, aim) for s in comparison.stretches],
+    }
+    more = len(comparison.objectives) - 2
+    about = f" ({more} more not looked at)" if more else ""
+    return [
+        f"Best {label(aim, set())} within a budget of {label(budget, set())}{about}:",
+        *_aligned(columns, str.rjust),
+    ]
 
 
 def _aligned(columns: Mapping[str, Sequence[str]], justify: Callable[[str, int], str]) -> list[str]:
@@ -585,13 +706,25 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--confidence", type=float, help="0.95: latency limits hold for the upper end of the interval")
     search.add_argument("--trials", type=_positive, help="distinct architectures to evaluate")
     search.add_argument("--storage", metavar="URL", help="any Optuna storage; SQLite in the run directory by default")
-    pareto = verb("pareto", _pareto, "Query the front of a run.")
+    pareto = verb("pareto", _pareto, "Query the front of a run, a front.json or a table, or compare two.")
+    pareto.add_argument(
+        "--against", type=Path, metavar="B", help="compare with the front of another run, file or table"
+    )
+    pareto.add_argument(
+        "--reference", action="append", default=[], metavar="FIGURE=NUMBER", help="worst corner of the hypervolumes"
+    )
+    pareto.add_argument("--objective", action="append", metavar="COLUMN:max|min", help="of a CSV file, one or more")
+    pareto.add_argument("--id-column", metavar="COLUMN", help="of a CSV file: what a row is called")
+    pareto.add_argument("--architecture-columns", nargs="+", metavar="COLUMN", help="of a CSV file, such as 'op_*'")
     chosen = pareto.add_mutually_exclusive_group()
     chosen.add_argument("--best", metavar="FIGURE", help="only the best point in a figure, such as accuracy")
     chosen.add_argument("--knee", action="store_true", help="only the point where trading stops paying")
     pareto.add_argument("--device", metavar="NAME", help="only the front of one of the devices of the objectives")
     pareto.add_argument("--format", choices=list(FORMATS), default="table")
     pareto.add_argument("--plot", type=Path, metavar="FILE.png")
+    pareto.add_argument(
+        "--kind", choices=("front", "parallel", "choices", "3d"), default="front", help="of the picture"
+    )
     export = verb("export", _export, "Export a subnet of a run as a verified ONNX model.")
     which = export.add_mutually_exclusive_group(required=True)
     which.add_argument("--architecture", metavar="TEXT")

@@ -124,7 +124,7 @@ def compare(first: ParetoFront, second: ParetoFront, reference: Mapping[str, flo
         (shares[2] - shares[1], shares[2] - shares[0]),
         (int(beaten_by(costs[0], costs[1], relative).sum()), int(beaten_by(costs[1], costs[0], relative).sum())),
         (epsilon(costs[0] / span, costs[1] / span), epsilon(costs[1] / span, costs[0] / span)),
-        _stretches(costs[0][:, :2], costs[1][:, :2], objectives, relative[0]) if len(objectives) > 1 else (),
+        _stretches(costs[0][:, :2], costs[1][:, :2], objectives, relative[:2]) if len(objectives) > 1 else (),
     )
 
 
@@ -179,12 +179,17 @@ def attained(costs: np.ndarray, budgets: np.ndarray) -> np.ndarray:
 
 
 def _stretches(
-    first: np.ndarray, second: np.ndarray, objectives: tuple[Objective, ...], noise: float
+    first: np.ndarray, second: np.ndarray, objectives: tuple[Objective, ...], noise: np.ndarray
 ) -> tuple[Stretch, ...]:
-    """Between two neighbouring budgets at which a front gains a point, both attain the same; neighbours join."""
+    """Between two neighbouring budgets at which a front gains a point, neither changes; neighbours alike join.
+
+    A front is ahead where the other is behind beyond the noise, even with a budget that is larger by its noise.
+    """
     budgets = np.unique(np.concatenate([first[:, 1], second[:, 1]]))
     a, b = attained(first, budgets), attained(second, budgets)
-    leaders = [_leader(x, y, noise) for x, y in zip(a, b, strict=True)]
+    slack = budgets + noise[1] * np.abs(budgets)
+    leads = _is_ahead(a, attained(second, slack), noise[0]), _is_ahead(b, attained(first, slack), noise[0])
+    leaders: list[Leader] = ["first" if x else "second" if y else "neither" for x, y in zip(*leads, strict=True)]
     known = np.isfinite(a) & np.isfinite(b)
     starts = [0]
     starts += [i for i in range(1, len(budgets)) if (leaders[i], known[i]) != (leaders[i - 1], known[i - 1])]
@@ -192,18 +197,17 @@ def _stretches(
     for start, end in pairwise([*starts, len(budgets)]):
         mean = largest = None
         if known[start]:
-            leads = np.abs(a[start:end] - b[start:end])
-            widths = np.diff(budgets[start : end + 1])  # of the last stretch, one fewer than leads
-            widths = widths if len(widths) == len(leads) else np.append(widths, 0.0)
-            mean = float(np.average(leads, weights=widths)) if widths.any() else float(leads[-1])
-            largest = float(leads.max())
+            apart = np.abs(a[start:end] - b[start:end])
+            widths = np.diff(budgets[start : end + 1])  # of the last stretch, one fewer
+            widths = widths if len(widths) == len(apart) else np.append(widths, 0.0)
+            mean = float(np.average(apart, weights=widths)) if widths.any() else float(apart[-1])
+            largest = float(apart.max())
         until = objectives[1].cost(float(budgets[end])) if end < len(budgets) else None
         found.append(Stretch(objectives[1].cost(float(budgets[start])), until, leaders[start], mean, largest))
     return tuple(found)
 
 
-def _leader(a: float, b: float, noise: float) -> Leader:
-    """Which of two attained costs is less beyond the noise; an infinite one has no point yet, never both of them."""
-    if np.isfinite([a, b]).all() and abs(a - b) <= noise * max(abs(a), abs(b)):
-        return "neither"
-    return "first" if a < b else "second"
+def _is_ahead(costs: np.ndarray, others: np.ndarray, noise: float) -> np.ndarray:
+    """Where attained costs are less beyond the noise; an infinite one has no point yet."""
+    margin = noise * np.where(np.isfinite(costs) & np.isfinite(others), np.maximum(np.abs(costs), np.abs(others)), 0.0)
+    return np.asarray(np.isfinite(costs) & (costs < others - margin))

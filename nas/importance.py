@@ -69,9 +69,10 @@ def importance(front: ParetoFront, *, seed: int = 0) -> tuple[Importance, ...]:
     """How much each choice matters for each objective of a front, over all that was evaluated for it.
 
     Models (a ridge regression on options, a random forest on what it leaves) are fitted on four fifths of the
-    evaluations and asked about the rest, in turn. The squared error that shuffling one choice adds there, halved, is the variance that this choice accounts for, alone and together
-    with others (B. Gregorutti and others, arXiv 1310.5726). Beside the choices the models are given a shuffled
-    copy of each, which cannot matter: what those reach is the noise (M. B. Kursa and W. R. Rudnicki, 2010).
+    evaluations and asked about the rest, in turn. The squared error that shuffling one choice adds there, halved, is
+    the variance that this choice accounts for, alone and together with others (B. Gregorutti and others, arXiv
+    1310.5726). Beside the choices the models are given a shuffled copy of each, which cannot matter: what those reach
+    is the noise (M. B. Kursa and W. R. Rudnicki, 2010). Choices that rise and fall together share their credit.
 
     A search evaluates what it likes, so this is about the evaluated architectures, not the whole space. At most
     1,000 of them are looked at. Raises ValueError where no choice differs.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -30,7 +30,7 @@ LABELS = {
     "params": "parameters (thousands)",
     "int8_macs_share": "MACs in int8 (%)",
 }
-SCALES = {"fraction": 100.0, "bytes": 1 / 1024, "macs": 1e-6, "params": 1e-3, "ms": 1.0, "uJ": 1.0}
+SCALES = {"fraction": 100.0, "bytes": 1 / 1024, "macs": 1e-6, "params": 1e-3, "ms": 1.0, "uJ": 1.0, "": 1.0}
 
 
 def check_picture(path: Path) -> None:
@@ -43,22 +43,47 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"cannot draw {path}: expected one of the formats {', '.join(known)}")
 
 
-def _shown(objective: Objective, value: float) -> float:
+def title_of(key: str, foreign: bool = False) -> tuple[str, float]:
+    """(what a figure is called, what its values are multiplied by) where people read it; a foreign one as it is."""
+    name, _, device = key.partition("@")
+    if foreign or name not in FIGURES:
+        return key, 1.0
+    return LABELS[name] + (f" on {device}" if device else ""), SCALES[FIGURES[name][0]]
+
+
+def shown(objective: Objective, value: float) -> float:
     return value * SCALES[objective.unit]
 
 
-def _label(objective: Objective, origins: set[str]) -> str:
-    device = f" on {objective.device}" if objective.device else ""
-    origin = f", {'/'.join(sorted(origins))}" if objective.unit == "ms" else ""
-    return LABELS[objective.name] + device + origin
+def label(objective: Objective, origins: set[str]) -> str:
+    origin = f", {'/'.join(sorted(origins))}" if objective.unit == "ms" and origins else ""
+    return title_of(objective.key, objective.foreign)[0] + origin
+
+
+def values_of(evaluations: Iterable[Evaluation], objective: Objective) -> list[float]:
+    """The values of an objective in the unit people read."""
+    return [shown(objective, evaluation[objective.key]) for evaluation in evaluations]
+
+
+def scale_axis(axes: Axes, which: Literal["x", "y"], objective: Objective, values: Sequence[float]) -> None:
+    """Logarithmic, with ticks at 1, 2 and 5, where values span more than a factor of 8; else linear."""
+    if objective.unit == "fraction" or min(values) <= 0 or max(values) / min(values) <= 8:
+        return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _bars(points: tuple[Evaluation, ...], objective: Objective) -> list[list[float]]:
     """Lengths of the error bars below and above; none where the error is not known."""
     figures = [point.figures[objective.key] for point in points]
     return [
-        [0.0 if f.low is None else _shown(objective, f.value - f.low) for f in figures],
-        [0.0 if f.high is None else _shown(objective, f.high - f.value) for f in figures],
+        [0.0 if f.low is None else shown(objective, f.value - f.low) for f in figures],
+        [0.0 if f.high is None else shown(objective, f.high - f.value) for f in figures],
     ]
 
 
@@ -78,38 +103,33 @@ def plot_front(front: ParetoFront, path: Path) -> None:
     figure = Canvas(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-
-    def series(evaluations: tuple[Evaluation, ...], objective: Objective) -> list[float]:
-        return [_shown(objective, e[objective.key]) for e in evaluations]
-
     others = front.others
     if others:
-        x, y = series(others, horizontal), series(others, vertical)
+        x, y = values_of(others, horizontal), values_of(others, vertical)
         axes.scatter(x, y, s=14, color="0.8", label="not on the front", zorder=1)
     points = front.points
-    x, y = series(points, horizontal), series(points, vertical)
+    x, y = values_of(points, horizontal), values_of(points, vertical)
     axes.errorbar(x, y, xerr=_bars(points, horizontal), fmt="none", ecolor="0.5", elinewidth=0.8, zorder=2)
     if len(front.objectives) > 2:
         third = front.objectives[2]
-        colours = series(points, third)
+        colours = values_of(points, third)
         drawn = axes.scatter(
             x, y, c=colours, s=42, cmap="viridis", edgecolor="black", linewidth=0.5, label="front", zorder=3
         )
-        figure.colorbar(drawn, ax=axes, label=_label(third, {p.figures[third.key].origin for p in points}))
+        figure.colorbar(drawn, ax=axes, label=label(third, {p.figures[third.key].origin for p in points}))
     else:
         axes.plot(x, y, "o-", color="tab:blue", markersize=6, label="front", zorder=3)
     for limit in front.limits:
         if limit.key == horizontal.key:
-            axes.axvline(_shown(horizontal, limit.value), color="tab:red", linestyle="--", label=str(limit))
+            axes.axvline(shown(horizontal, limit.value), color="tab:red", linestyle="--", label=str(limit))
         elif limit.key == vertical.key:
-            axes.axhline(_shown(vertical, limit.value), color="tab:red", linestyle="--", label=str(limit))
+            axes.axhline(shown(vertical, limit.value), color="tab:red", linestyle="--", label=str(limit))
         else:  # on neither axis
             axes.plot([], [], color="none", label=str(limit))
-    axes.set_xlabel(_label(horizontal, {p.figures[horizontal.key].origin for p in points}))
-    axes.set_ylabel(_label(vertical, set()))
+    axes.set_xlabel(label(horizontal, {p.figures[horizontal.key].origin for p in points}))
+    axes.set_ylabel(label(vertical, set()))
     axes.set_title(f"{len(points)} non-dominated subnets of {len(points) + len(front.others)}")
-    positive = min(x) > 0 and max(x) / min(x) > 8 and FIGURES[horizontal.name][0] != "fraction"
-    axes.set_xscale("log" if positive else "linear")
+    scale_axis(axes, "x", horizontal, x)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize="small")
     with replacing(path) as temporary:
