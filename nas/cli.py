@@ -512,13 +512,14 @@ def table(front: ParetoFront) -> str:
     """The front as text, objectives first, in units a person reads."""
     from nas.plot import title_of
 
-    foreign = {o.key for o in front.objectives if o.foreign}
+    ours = {o.key for o in front.objectives if not o.foreign}
+    foreign_table = len(ours) < len(front.objectives)
     keys = [o.key for o in front.objectives]
     keys += [k for k in (front.points[0].figures if front.points else ()) if k not in keys]
     columns: dict[str, list[str]] = {"id": [point.id for point in front.points]}
     for key in keys:
         name, _, device = key.partition("@")
-        title, scale = title_of(key, bool(foreign))
+        title, scale = title_of(key, foreign_table and key not in ours)
         title = title.replace(f" on {device}", f" {device}")
         columns[title] = [_number(point[key] * scale) for point in front.points]
         if name == "latency_ms" and any(key in point.predicted for point in front.points):
@@ -552,7 +553,7 @@ def comparison_text(comparison: Comparison) -> str:
     lines = [
         *_aligned(columns, str.rjust),
         f"Hypervolumes are shares of the box from the best of both to {corner}.",
-        "Epsilon is what a front must gain in every objective, in spans of both, to be as good as the other everywhere.",
+        "Epsilon is what a front must gain in every objective, in spans of both, to match the other everywhere.",
         f"Leads within the noise count for nothing: {noise}." if noise else "No noise is known, so any lead counts.",
     ]
     if comparison.stretches:

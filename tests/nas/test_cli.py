@@ -173,6 +173,73 @@ def test_an_empty_or_broken_front_is_told(run_folder: Path, capsys: pytest.Captu
     refused(capsys, BAD_INPUT, "is not a complete front", "pareto", run_folder)
 
 
+# tables, front files, two fronts --------------------------------------------------------------------------
+
+TABLE = "id,op_0,acc,ms\na,1,90,5\nb,2,80,2\nc,3,70,4\n"
+ASKED = ("--objective", "acc:max", "--objective", "ms:min")
+
+
+@pytest.fixture
+def table_file(tmp_path: Path) -> Path:
+    path = tmp_path / "table.csv"
+    path.write_text(TABLE)
+    return path
+
+
+def test_a_table_is_queried_like_a_run(table_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "pareto", table_file, *ASKED, "--limit", "ms<=4", "--architecture-columns", "op_*")
+    assert code == DONE and out.splitlines()[1].split() == ["b", "80", "2"] and len(out.splitlines()) == 3
+    code, out, _ = call(capsys, "pareto", table_file, *ASKED, "--format", "json", "--best", "acc")
+    content = json.loads(out)
+    assert [p["id"] for p in content["points"]] == ["a"] and content["objectives"][0]["unit"] is None
+
+
+def test_two_fronts_are_compared(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text("accuracy,latency_ms@toy\n0.6,1\n0.9,3\n")
+    arguments = ("pareto", run_folder, "--against", other, "--reference", "latency_ms@toy=5")
+    code, out, err = call(capsys, *arguments, "--format", "json", "--plot", tmp_path / "p.png")
+    content = json.loads(out)
+    assert code == DONE and "p.png" in err and (tmp_path / "p.png").stat().st_size > 5000
+    assert set(content) == {
+        "objectives", "noise", "reference", "points", "hypervolume", "adds", "beaten", "epsilon", "budgets"
+    }  # fmt: skip
+    assert content["points"] == {"a": 3, "b": 2} and content["beaten"] == {"a": 1, "b": 1}
+    assert content["reference"]["latency_ms@toy"] == 5
+    assert [b["ahead"] for b in content["budgets"]] == ["a", "b", None]
+    code, out, _ = call(capsys, *arguments)
+    assert code == DONE and "1 of 3" in out and "Best accuracy (%) within a budget of latency (ms) on toy" in out
+    code, out, _ = call(capsys, "pareto", run_folder, "--against", run_folder / "front.json")
+    assert code == DONE and "0 of 3" in out
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "said"),
+    [
+        (BAD_INPUT, ["{table}"], "say what is searched for"),
+        (BAD_INPUT, ["{table}", "--objective", "speed:max"], "has no column 'speed'"),
+        (BAD_INPUT, ["{table}", "--objective", "acc"], "acc:max or :min"),
+        (BAD_INPUT, ["{table}", *ASKED, "--kind", "3d", "--plot", "p.png"], "needs three objectives"),
+        (BAD_INPUT, ["{table}", *ASKED, "--plot", "p.nosuch"], "nosuch"),
+        (BAD_INPUT, ["nowhere.csv", *ASKED], "nowhere.csv: there is no such file"),
+        (BAD_INPUT, ["nowhere"], "is no run directory"),
+        (BAD_INPUT, ["{run}", "--against", "nowhere.json"], "nowhere.json: there is no such file"),
+        (BAD_INPUT, ["{run}", "--against", "{table}"], "has no column 'accuracy'"),
+        (BAD_INPUT, ["{run}", "--against", "{table}", *ASKED], "different objectives cannot be compared"),
+        (BAD_INPUT, ["{run}", "--against", "{run}", "--knee"], "--knee is about one front"),
+        (BAD_INPUT, ["{run}", "--against", "{run}", "--reference", "accuracy"], "expected FIGURE=NUMBER"),
+        (BAD_INPUT, ["{run}", "--reference", "accuracy=0"], "belongs to --against"),
+        (BAD_INPUT, ["{table}", *ASKED, "--limit", "weight<=3"], "weight"),
+        (INFEASIBLE, ["{table}", *ASKED, "--limit", "ms<=1"], "what binds is ms<=1"),
+    ],
+)
+def test_what_cannot_be_compared_or_read_is_told_in_a_line(
+    code: int, arguments: list[str], said: str, run_folder: Path, table_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [text.format(run=run_folder, table=table_file) for text in arguments]
+    refused(capsys, code, said, "pareto", *filled)
+
+
 # bad input -----------------------------------------------------------------------------------------------
 
 BAD_EXPERIMENTS: list[tuple[dict[str, Any], str]] = [
