@@ -14,7 +14,7 @@ from hardware_profiles import DeviceProfile, Prediction, UnsupportedLayer
 from predictors import LatencyPredictor, NewDevicePredictor
 from search_spaces import Network
 
-Origin = Literal["measured", "simulated", "predicted", "exact", "given"]  # given: what a table or study of others says
+Origin = Literal["measured", "simulated", "predicted", "exact", "given"]  # given: by a table or study of others
 UPPER_CONFIDENCE = 0.95  # a 90 % interval has 95 % of the values below its upper end
 Z_90 = 1.6448536269514722  # standard deviations from the mean to either end of a normal's central 90 %
 MOST_OBJECTIVES = 4  # beyond, nearly all that is evaluated is non-dominated

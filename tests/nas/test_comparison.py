@@ -80,7 +80,7 @@ def test_fronts_that_cannot_be_compared_are_refused() -> None:
         a.against(front())
     with pytest.raises(UnknownFigure, match="names size; the objectives are acc, ms"):
         a.against(a, {"size": 1})
-    with pytest.raises(ValueError, match="ms=0.5 leaves nothing to dominate"):
+    with pytest.raises(ValueError, match=r"ms=0\.5 leaves nothing to dominate"):
         a.against(a, {"ms": 0.5})
 
 

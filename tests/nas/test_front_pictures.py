@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nas import importance
 from nas.costs import Figure, Objective, maximize, minimize
 from nas.front import Evaluation, ParetoFront
 from nas.front_pictures import KINDS, plot_against
@@ -18,6 +19,12 @@ OBJECTIVES = (
     minimize("model_bytes"),
     Objective("speed", "maximize", foreign=True),
 )
+
+
+@pytest.fixture(autouse=True)
+def _small_forests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How good the shares are is not what the pictures are tested for."""
+    monkeypatch.setattr(importance, "TREES", 3)
 
 
 def front(objectives: int, seed: int = 0, count: int = 40) -> ParetoFront:
