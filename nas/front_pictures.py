@@ -255,11 +255,13 @@ def plot_against(comparison: Comparison, path: Path, names: tuple[str, str] = ("
     reached = [attained(c, budgets) for c in costs]
     x = [shown(horizontal, horizontal.cost(float(budget))) for budget in budgets]
     heights = [[shown(vertical, vertical.cost(float(min(r, worst)))) for r in one] for one in reached]
+    edges = np.repeat(x, 2)[1:-1]  # both ends of each stretch between two budgets, over which nothing changes
+    flat = [np.repeat(height, 2)[:-2] for height in heights]
     with _canvas(path, 8, 5.5) as figure:
         axes = figure.add_subplot()
         for colour, ahead, name in zip((FIRST, SECOND), ((0, 1), (1, 0)), names, strict=True):
-            where = reached[ahead[0]] < reached[ahead[1]]
-            axes.fill_between(x, *heights, where=where, step="post", color=colour, alpha=0.25, linewidth=0)
+            where = np.repeat(reached[ahead[0]] < reached[ahead[1]], 2)[:-2]
+            axes.fill_between(edges, *flat, where=where.tolist(), color=colour, alpha=0.25, linewidth=0)
             axes.fill_between([], [], color=colour, alpha=0.25, label=f"{name} ahead")
         for front, colour, marker, one, height, name in zip(
             fronts, (FIRST, SECOND), "os", reached, heights, names, strict=True

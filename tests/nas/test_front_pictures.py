@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,25 +67,32 @@ def test_small_and_wrong_fronts(tmp_path: Path) -> None:
         ParetoFront(OBJECTIVES, ()).plot(tmp_path / "x.png", "choices")
 
 
-@pytest.mark.parametrize("objectives", [2, 3])
-def test_the_region_between_two_fronts_is_shaded_where_one_is_ahead(
-    objectives: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_region_between_two_fronts_is_shaded_for_who_is_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib.axes import Axes
 
-    shaded: list[tuple[str, int]] = []
+    areas: list[float] = []
     fill = Axes.fill_between
 
-    def keep(axes: Axes, x: list[float], *heights: list[float], **options: object) -> object:
-        if len(x):
-            shaded.append((str(options["color"]), int(np.sum(options["where"]))))  # type: ignore[arg-type]
-        return fill(axes, x, *heights, **options)  # type: ignore[arg-type]
+    def keep(axes: Axes, x: list[float], *heights: list[float], where: list[bool] | None = None, **options: Any) -> Any:
+        if where is not None:
+            filled = np.array(where[:-1]) & np.array(where[1:])
+            apart = np.abs(np.subtract(*heights))
+            areas.append(float((np.diff(x) * (apart[:-1] + apart[1:]) / 2)[filled].sum()))
+        return fill(axes, x, *heights, where=where, **options)
+
+    def of(*values: tuple[float, float]) -> ParetoFront:
+        objectives = (Objective("acc", "maximize", foreign=True), Objective("ms", "minimize", foreign=True))
+        figures = [{"acc": Figure.exact(acc), "ms": Figure.exact(ms)} for acc, ms in values]
+        return ParetoFront.of([Evaluation(str(i), "", f, {}) for i, f in enumerate(figures)], objectives)
 
     monkeypatch.setattr(Axes, "fill_between", keep)
-    better = front(objectives)
-    worse = ParetoFront.of([e for e in better.points if e["latency_ms@cpu"] < 4], better.objectives)
-    plot_against(better.against(worse), tmp_path / "a" / "p.png")
+    first, second = of((0, 1), (10, 3)), of((5, 2), (8, 3), (10, 5))
+    plot_against(first.against(second, {"acc": -5, "ms": 6}), tmp_path / "a" / "p.png")
     assert is_drawn(tmp_path / "a" / "p.png")
-    assert shaded[0][1] > 0 and shaded[1][1] == 0
+    assert areas == pytest.approx([5 + 2 * 2, 5])  # where the other has no point, down to the reference
+    plot_against(front(3).against(front(3, seed=1)), tmp_path / "b" / "p.png")
+    assert is_drawn(tmp_path / "b" / "p.png")
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_against(front(1).against(front(1)), tmp_path / "x.png")
