@@ -88,7 +88,7 @@ def plot_3d(front: ParetoFront, path: Path) -> None:
         space.view_init(elev=22, azim=-125)
         space.set_box_aspect(None, zoom=0.82)
         for axis in (space.xaxis, space.yaxis, space.zaxis):
-            axis.set_major_locator(MaxNLocator(5))
+            axis.set_major_locator(MaxNLocator(4))
         figure.colorbar(dots, ax=panels[0, :], label=label(first, set()), pad=0.01)
         figure.suptitle(f"{len(front)} non-dominated of {len(front) + len(front.others)} (grey: not on the front)")
 
