@@ -41,16 +41,15 @@ def _kept(costs: np.ndarray, order: np.ndarray) -> Iterator[int]:
         least_before = np.minimum.accumulate(np.append(np.inf, second))[:-1]
         yield from order[second < least_before].tolist()
     elif objectives == 3:
-        steps_y, steps_z = [-np.inf], [np.inf]  # y rises, z falls
+        steps_y, steps_z = [-np.inf], [np.inf]  # y does not fall, z falls
         for i, y, z in zip(order.tolist(), costs[order, 1].tolist(), costs[order, 2].tolist(), strict=True):
             at = bisect_right(steps_y, y)
             if steps_z[at - 1] <= z:
                 continue
-            start = at - 1 if steps_y[at - 1] == y else at
             end = at
             while end < len(steps_z) and steps_z[end] >= z:
                 end += 1
-            steps_y[start:end], steps_z[start:end] = [y], [z]
+            steps_y[at:end], steps_z[at:end] = [y], [z]
             yield i
     else:
         left = order
