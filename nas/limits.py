@@ -445,15 +445,14 @@ class _Judge:
     def refusal(self, ranges: Sequence[Range], answer: _Answer) -> str:
         """Which limits bind, what each can reach, and the nearest point."""
         alone = [each for each in ranges if each.never_met]
-        binding = [alone[0].limit] if alone else self._irreducible(ranges)
-        within = [each for each in ranges if each.limit in binding]
+        binding = [each.limit for each in alone] or self._irreducible(ranges)
+        within = "; ".join(_reach(each) for each in ranges if each.limit in binding)
         if alone:
-            nearest = self.solve(binding).nearest
-            reach = f" ({_reach(within[0])})"
+            nearest, reach = self.solve(binding).nearest, f" ({within})"
+            proven = any(each.best_is_exact for each in alone)
         else:
-            nearest = answer.nearest
-            reach = " together, though each alone can be met (" + "; ".join(map(_reach, within)) + ")"
-        proven = alone[0].best_is_exact if alone else answer.proven
+            nearest, reach = answer.nearest, f" together, though each alone can be met ({within})"
+            proven = answer.proven
         judged = [each.limit for each in ranges if each.least is not None]
         found = self.table.figures(nearest[None], [limit.key for limit in judged])
         values = dict.fromkeys(_reached(limit, found[limit.key]) for limit in judged)

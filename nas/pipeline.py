@@ -54,8 +54,6 @@ class Run:
         """
         run = cls(folder, experiment)
         reached = run.check()
-        for each in reached.ranges if reached else ():
-            log.info("%s", each)
         if not is_first_process():  # of several that train together, which the first one writes for
             return run
         path = folder / "experiment.yaml"
@@ -70,6 +68,8 @@ class Run:
         elif folder.exists() and any(folder.iterdir()):
             raise BadExperiment(f"{folder} is not empty and holds no experiment.yaml; use another --out")
         run._write()
+        for each in reached.ranges if reached else ():
+            log.info("%s", each)
         return run
 
     def _write(self) -> None:
