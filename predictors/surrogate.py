@@ -46,10 +46,7 @@ class Encoding:
         """Of each bit, so that a choice at its two ends is at distance one."""
         pairs = zip(self.counts, self.ordered, strict=True)
         return np.concatenate(
-            [
-                np.full(count - 1, 1 / max(count - 1, 1)) if ordered else np.full(count, 0.5)
-                for count, ordered in pairs
-            ]
+            [np.full(count - 1, 1 / max(count - 1, 1)) if ordered else np.full(count, 0.5) for count, ordered in pairs]
         )
 
 
