@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nas.evaluate import accuracy, recalibrate
     from nas.export import ExportFailed, export
     from nas.front import Evaluation, ParetoFront
+    from nas.guided_sampler import PredictorGuidedSampler
     from nas.profile import profile
     from nas.quantize import Quantized, quantize
     from nas.remeasure import remeasure
@@ -53,6 +54,7 @@ __all__ = [
     "Objective",
     "ParetoFront",
     "Pass",
+    "PredictorGuidedSampler",
     "ProfiledDevice",
     "Quantized",
     "SearchSettings",
@@ -107,6 +109,7 @@ _HOMES = {
     "nas.evaluate": ("accuracy", "recalibrate"),
     "nas.export": ("ExportFailed", "export"),
     "nas.front": ("Evaluation", "ParetoFront"),
+    "nas.guided_sampler": ("PredictorGuidedSampler",),
     "nas.profile": ("profile",),
     "nas.quantize": ("Quantized", "quantize"),
     "nas.remeasure": ("remeasure",),

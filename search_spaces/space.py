@@ -173,6 +173,24 @@ class SearchSpace:
         canonical = tuple(code if active else 0 for code, active in zip(given, self._activity(given), strict=True))
         return Architecture(self.name, canonical, self.choices)
 
+    def canonical_codes(self, codes: np.ndarray) -> np.ndarray:
+        """The codes (n, d) of the canonical architectures of code vectors (n, d), int64: `from_codes` of each row.
+
+        Raises InvalidArchitecture for another number of columns and for a code out of range.
+        """
+        codes = np.array(codes, dtype=np.int64)
+        counts = np.array([len(choice.options) for choice in self.choices], dtype=np.int64)
+        if codes.ndim != 2 or codes.shape[1] != len(counts):
+            raise InvalidArchitecture(f"expected codes of shape (n, {len(counts)}), got {codes.shape}")
+        wrong = np.argwhere((codes < 0) | (codes >= counts))
+        if len(wrong):
+            self.from_codes(codes[wrong[0, 0]])  # says which
+        active = np.ones(codes.shape, dtype=bool)
+        for i, conditions in enumerate(self._conditions):
+            for parent, allowed in conditions:
+                active[:, i] &= active[:, parent] & np.isin(codes[:, parent], list(allowed))
+        return np.where(active, codes, 0)
+
     def _activity(self, codes: Sequence[int]) -> list[bool]:
         """Whether each choice changes the network; parents come before their children."""
         active: list[bool] = []

@@ -14,6 +14,7 @@ from search_spaces import (
     PRECISIONS,
     Architecture,
     CostTable,
+    InvalidArchitecture,
     Layer,
     Network,
     Precision,
@@ -121,6 +122,24 @@ def test_costs_are_sums_over_slots(space: SearchSpace, rng: np.random.Generator)
     integers = [sum(layer.precision.is_quantized for layer in network.layers) for network in networks]
     expected = [[n.macs, n.model_bytes, count] for n, count in zip(networks, integers, strict=True)]
     assert CostTable(space, costs, 3, np.int64).costs(codes).tolist() == expected
+
+
+def test_canonical_codes_of_many_are_those_of_each(space: SearchSpace, rng: np.random.Generator) -> None:
+    codes = np.stack([rng.integers(len(choice.options), size=200) for choice in space.choices], axis=1)
+    before = codes.copy()
+    expected = [space.from_codes(row).codes for row in codes]
+    assert list(map(tuple, space.canonical_codes(codes).tolist())) == expected
+    np.testing.assert_array_equal(codes, before)
+    assert space.canonical_codes(codes[:0]).shape == (0, len(space.choices))
+
+
+def test_canonical_codes_refuse_what_from_codes_refuses(space: SearchSpace) -> None:
+    codes = space.encode([space.smallest, space.largest])
+    codes[1, -1] = len(space.choices[-1].options)
+    with pytest.raises(InvalidArchitecture, match=space.choices[-1].name):
+        space.canonical_codes(codes)
+    with pytest.raises(InvalidArchitecture, match="shape"):
+        space.canonical_codes(codes[:, 1:])
 
 
 def test_layer_names_are_unique_and_belong_to_one_slot(space: SearchSpace, rng: np.random.Generator) -> None:
