@@ -31,7 +31,7 @@ GENERATIONS, BROOD = 8, 2_500  # of the evolution over larger ones: 20,000 candi
 PARENTS = 256
 LEARNED = 300  # results that processes rest on, at most
 TRIES = 8  # draws of as many points, to find enough of them in a small region
-BEYOND = 0.03  # how far beyond the best value so far points lie, as a share of the range
+BEYOND = 0.1  # how far beyond the best value so far points lie, as a share of the range
 
 Codes = np.ndarray
 
@@ -162,12 +162,12 @@ def propose(
 def bounds(results: Results, reference: Sequence[float] = ()) -> tuple[np.ndarray, np.ndarray]:
     """The costs (m,) between which volume counts: a little better than the best, and the worst that count.
 
-    Where nobody said what is the worst that counts, it is the worst of the front and a tenth of its range more, but
-    not more than what nine tenths of the results keep.
+    Where nobody said what is the worst that counts, it is the worst of the front and a tenth of its range more, or
+    what nine tenths of the results keep, if that is worse: the ends of a young front are not those of the true one.
     """
     costs = results.costs[results.feasible] if results.feasible.any() else results.costs
     front = costs[non_dominated(costs)]
-    default = np.minimum(front.max(axis=0) + 0.1 * np.ptp(front, axis=0), np.quantile(results.costs, 0.9, axis=0))
+    default = np.maximum(front.max(axis=0) + 0.1 * np.ptp(front, axis=0), np.quantile(results.costs, 0.9, axis=0))
     best, usual = costs.min(axis=0), np.ptp(np.quantile(results.costs, (0.1, 0.9), axis=0), axis=0)
     given = np.array(reference if len(reference) else [np.nan] * costs.shape[1], float)
     worst = np.maximum(np.where(np.isnan(given), default, given), best)
