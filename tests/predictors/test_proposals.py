@@ -1,0 +1,182 @@
+"""Proposals, against volumes counted by brute force and properties of what is proposed."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from predictors import proposals
+from predictors.proposals import Domain, NormalScores, Results, bounds, keys, non_dominated, normal_cdf, propose
+
+
+def results_of(codes: np.ndarray, costs: np.ndarray, constraints: np.ndarray | None = None) -> Results:
+    return Results(codes, costs, np.zeros((len(codes), 0)) if constraints is None else constraints)
+
+
+def slow_front(costs: np.ndarray) -> list[int]:
+    """Places that no other row is better than, the first of equal ones, by comparing all pairs in Python."""
+    found = []
+    for i, a in enumerate(costs):
+        better = [
+            j
+            for j, b in enumerate(costs)
+            if all(y <= x for x, y in zip(a, b, strict=True))
+            and (any(y < x for x, y in zip(a, b, strict=True)) or j < i)
+        ]
+        if not better:
+            found.append(i)
+    return found
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3, 4])
+def test_non_dominated_rows(objectives: int, rng: np.random.Generator) -> None:
+    costs = rng.integers(6, size=(60, objectives)).astype(float)
+    assert np.flatnonzero(non_dominated(costs)).tolist() == slow_front(costs)
+    assert non_dominated(costs[:0]).shape == (0,)
+
+
+def test_normal_cdf_is_close_to_the_exact_one() -> None:
+    z = np.linspace(-7, 7, 2001)
+    exact = np.array([NormalDist().cdf(x) for x in z])
+    assert np.abs(normal_cdf(z) - exact).max() < 2e-4
+    assert (np.diff(normal_cdf(z)) >= 0).all()
+
+
+def test_normal_scores_rise_and_are_those_of_ranks(rng: np.random.Generator) -> None:
+    values = np.exp(3 * rng.standard_normal(50))
+    scores = NormalScores(values)
+    middle = (np.argsort(np.argsort(values)) + 0.5) / 50
+    np.testing.assert_allclose(scores(values), [NormalDist().inv_cdf(share) for share in middle], rtol=1e-9)
+    beyond = np.linspace(values.min() - 5, values.max() + 5, 200)
+    assert (np.diff(scores(beyond)) > 0).all()
+    assert np.isfinite(NormalScores(np.full(4, 2.0))(np.array([1.0, 2.0, 3.0]))).all()
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+def test_gains_of_exact_costs_are_the_hypervolume_that_they_add(objectives: int, rng: np.random.Generator) -> None:
+    """With all costs known, the best proposals are those that add most, counted on a fine grid or random points."""
+    domain = Domain((5, 5, 5), (True,) * 3, exact={i: lambda c, i=i: costs_of(c)[:, i] for i in range(objectives)})
+    table = rng.random((125, objectives))
+
+    def costs_of(codes: np.ndarray) -> np.ndarray:
+        return np.asarray(table[codes @ [25, 5, 1]])
+
+    codes = domain.every()[rng.choice(125, 20, replace=False)]
+    corner = np.full(objectives, 0.9)
+    proposed = propose(domain, results_of(codes, costs_of(codes)), 1, rng, reference=corner.tolist())
+
+    points = rng.random((40_000, objectives)) * 0.9
+    free = points[~np.array([(c <= points).all(axis=1) for c in costs_of(codes)]).any(axis=0)]
+    every = domain.every()
+    added = np.array([(c <= free).all(axis=1).sum() for c in costs_of(every)])
+    assert added[(every == proposed[0]).all(axis=1)][0] >= 0.85 * added.max()
+
+
+def test_a_batch_is_chosen_for_what_its_members_add_to_each_other(rng: np.random.Generator) -> None:
+    """Two candidates that dominate nearly the same are not both proposed while another part of the front is open."""
+    costs = {0: (0.1, 0.8), 1: (0.11, 0.79), 2: (0.8, 0.1), 3: (0.95, 0.95), 4: (0.96, 0.96)}
+    exact = {i: lambda c, i=i: np.array([costs[int(code)][i] for code in c[:, 0]]) for i in range(2)}
+    domain = Domain((5,), (False,), exact=exact)
+    known = np.array([[3], [4]])
+    for _ in range(5):
+        done = results_of(known, np.array([costs[3], costs[4]]))
+        proposed = propose(domain, done, 2, rng, reference=[1.0, 1.0])
+        assert 2 in proposed and len({0, 1} & set(proposed.ravel().tolist())) == 1
+
+
+def test_what_runs_is_believed_and_nothing_is_proposed_twice(rng: np.random.Generator) -> None:
+    costs = {0: (0.1, 0.8), 1: (0.11, 0.79), 2: (0.75, 0.2), 3: (0.95, 0.95), 4: (0.96, 0.96)}
+    exact = {i: lambda c, i=i: np.array([costs[int(code)][i] for code in c[:, 0]]) for i in range(2)}
+    domain = Domain((5,), (False,), exact=exact)
+    done = results_of(np.array([[3], [4]]), np.array([costs[3], costs[4]]))
+    running = np.array([[0]])
+    assert propose(domain, done, 1, rng, reference=[1.0, 1.0], running=running).tolist() == [[2]]
+    assert propose(domain, done, 9, rng, running=running, taken=keys(np.array([[2]]))).tolist() == [[1]]
+    assert not len(propose(domain, done, 9, rng, running=running, taken=keys(np.array([[1], [2]]))))
+
+
+@pytest.mark.parametrize("counts", [(3, 3, 2), (4,) * 12], ids=["enumerated", "evolved"])
+def test_proposals_are_new_canonical_allowed_and_repeatable(
+    counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposals, "BROOD", 300)
+
+    def canonical(codes: np.ndarray) -> np.ndarray:
+        codes = codes.copy()
+        codes[codes[:, 0] == 0, 1] = 0
+        return codes
+
+    domain = Domain(counts, (True,) * len(counts), canonical, lambda codes: codes[:, -1] == 0)
+    rng = np.random.default_rng(3)
+    codes = domain.first(5, frozenset(), rng)
+    assert len(keys(codes)) == len(codes) == 5
+    results = results_of(codes, np.stack([codes.sum(axis=1), -(codes[:, 0] ** 2.0)], axis=1))
+    proposed = propose(domain, results, 4, np.random.default_rng(8))
+    np.testing.assert_array_equal(proposed, propose(domain, results, 4, np.random.default_rng(8)))
+    assert len(keys(proposed) | keys(codes)) == len(proposed) + len(codes)
+    both = np.concatenate([codes, proposed])
+    assert (both[:, -1] == 0).all() and not both[both[:, 0] == 0, 1].any()
+
+
+def test_first_architectures_are_spread_and_end_with_the_space(rng: np.random.Generator) -> None:
+    domain = Domain((4, 2), (False, False))
+    spread = domain.spread(8, rng)
+    assert [np.bincount(column).tolist() for column in spread.T] == [[2, 2, 2, 2], [4, 4]]
+    assert len(domain.first(20, frozenset(), rng)) == 8
+    assert len(domain.first(20, keys(np.array([[0, 0], [3, 1]])), rng)) == 6
+
+
+def test_constraints_are_learned(rng: np.random.Generator) -> None:
+    """Half of the space is infeasible, and the better half: proposals go to the other."""
+    domain = Domain((6, 6, 6), (True,) * 3)
+    codes = domain.first(40, frozenset(), rng)
+    costs = np.stack([-codes[:, 0] - 0.1 * codes[:, 1], codes[:, 2] * 1.0], axis=1)
+    told = codes[:, :1] - 2.5
+    proposed = propose(domain, results_of(codes, costs, told), 8, rng)
+    assert (proposed[:, 0] <= 2).mean() >= 0.75
+    proposed = propose(domain, results_of(codes, costs), 8, rng)
+    assert (proposed[:, 0] > 2).mean() >= 0.75
+    nowhere = propose(domain, results_of(codes, costs, codes[:, :1] + 0.5), 2, rng)
+    assert len(nowhere) == 2  # nothing is feasible: proposals go on
+
+
+def test_bounds_are_told_or_those_of_front_and_results() -> None:
+    costs = np.array([[0.0, 10.0], [5.0, 0.0], [9.0, 9.0], [10.0, 10.0]])
+    results = results_of(np.zeros((4, 1), int), costs)
+    assert bounds(results, [7.0, np.nan])[1][0] == 7.0
+    np.testing.assert_allclose(bounds(results)[1], [np.quantile(costs[:, 0], 0.9), 11.0])
+    assert (bounds(results)[0] < 0).all()
+    infeasible = Results(results.codes, costs, np.array([[1.0], [-1], [-1], [np.nan]]))
+    assert bounds(infeasible)[1][1] == pytest.approx(np.quantile(costs[:, 1], 0.9))
+
+
+def test_many_results_are_cut_to_the_informative_ones(rng: np.random.Generator) -> None:
+    costs = rng.random((700, 2))
+    results = results_of(np.arange(700)[:, None], costs)
+    kept = results.informative()
+    assert len(kept.codes) == len(keys(kept.codes)) == proposals.LEARNED
+    np.testing.assert_array_equal(costs[kept.codes[:, 0]], kept.costs)
+    assert set(slow_front(costs)) <= set(kept.codes[:, 0].tolist())
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3, 4])
+def test_a_search_beats_random_ones(objectives: int, rng: np.random.Generator) -> None:
+    """After 20 random and 20 proposed of 1,024 the best weighted sum is better than that of most random searches."""
+    domain = Domain((4,) * 5, (False,) * 5)
+    effects = rng.standard_normal((objectives, 5, 4))
+
+    def costs_of(codes: np.ndarray) -> np.ndarray:
+        return np.stack([sum(e[i][codes[:, i]] for i in range(5)) for e in effects], axis=1)
+
+    codes = domain.first(20, frozenset(), rng)
+    for _ in range(4):
+        codes = np.concatenate([codes, propose(domain, results_of(codes, costs_of(codes)), 5, rng)])
+
+    def dominated_share(chosen: np.ndarray) -> float:
+        every = costs_of(domain.every())
+        return float((costs_of(chosen)[:, None] <= every[None]).all(axis=2).any(axis=0).mean())
+
+    by_chance = [dominated_share(domain.random(40, rng)) for _ in range(20)]
+    assert dominated_share(codes) > np.quantile(by_chance, 0.9)
