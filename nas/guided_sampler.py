@@ -187,6 +187,8 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
         if self._search_space is not None:
             return dict(self._search_space)
         trials = study.get_trials(deepcopy=False)
+        if ENQUEUED in trial.system_attrs:
+            return common_space(trials)
         start = len(trials) // self._batch if self._asynchronous else self._place(trials, trial)[1]
         key = (study._storage, study._study_id, start)
         if self._space[0] != key:

@@ -151,7 +151,11 @@ def propose(
     running = np.empty((0, len(domain.counts)), np.int64) if running is None else running
     beliefs = _Beliefs.fitted(domain, results.informative())
     costs = results.costs[results.feasible]
-    region = _Region(beliefs, costs[non_dominated(costs)], *bounds(results, reference), rng)
+    low, high = bounds(results, reference)
+    for index, costs_of in domain.exact.items():  # what is known to be there counts, however far from the results
+        some = domain.new(domain.random(PARENTS, rng), frozenset())
+        low[index] = min(low[index], costs_of(some).min(initial=low[index]))
+    region = _Region(beliefs, costs[non_dominated(costs)], low, high, rng)
     region.take_out(running)
     taken = taken | keys(results.codes) | keys(running)
     candidates, gains = _candidates(domain, results, region, taken, rng)
