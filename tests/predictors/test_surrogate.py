@@ -70,7 +70,7 @@ def test_a_fit_learns_which_choice_matters_and_predicts_what_it_did_not_see(rng:
     process = GaussianProcess.fit(encoding, codes, figure(codes))
     assert min(process.scales[:2]) > max(process.scales[2:])
     mean, deviation = process.predict(asked)
-    assert np.abs(mean - figure(asked)).max() < 0.3
+    assert np.abs(mean - figure(asked)).mean() < 0.05  # of figures from -1 to 9
     assert (deviation > 0).all()
 
 
