@@ -48,7 +48,8 @@ def _everything(codes: Codes) -> np.ndarray:
 class Domain:
     """What can be proposed.
 
-    counts: options of each choice. ordered: whether they lie in an order.
+    counts: options of each choice. ordered: whether they lie in an order. alike: a number that choices with the same
+        options share, each having its own where nothing is said.
     canonical: (c, d) codes -> codes of the same architectures, one for each; by default codes are canonical.
     allowed: (c, d) canonical codes -> (c,) whether they may be proposed.
     exact: objective -> its costs (c,) for (c, d) canonical codes, where they are known without evaluation.
@@ -56,9 +57,14 @@ class Domain:
 
     counts: tuple[int, ...]
     ordered: tuple[bool, ...]
+    alike: tuple[int, ...] = ()
     canonical: Callable[[Codes], Codes] = _unchanged
     allowed: Callable[[Codes], np.ndarray] = _everything
     exact: Mapping[int, Callable[[Codes], np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(self.counts, self.ordered, self.alike or tuple(range(len(self.counts))))
 
     @property
     def is_small(self) -> bool:
@@ -203,44 +209,66 @@ class _Beliefs:
     """What is believed of each objective and constraint, as the probability that it is at most some value."""
 
     domain: Domain
-    scores: tuple[NormalScores, ...]
-    processes: tuple[GaussianProcess | None, ...]  # none where costs are exact
-    limits: tuple[tuple[NormalScores, GaussianProcess], ...]
+    costs: tuple[_Belief | None, ...]  # none where costs are exact
+    limits: tuple[_Belief, ...]
 
     @classmethod
     def fitted(cls, domain: Domain, results: Results) -> _Beliefs:
-        encoding = Encoding(domain.counts, domain.ordered)
-        scores = tuple(map(NormalScores, results.costs.T))
-        processes = tuple(
-            None if index in domain.exact else GaussianProcess.fit(encoding, results.codes, score(values))
-            for index, (score, values) in enumerate(zip(scores, results.costs.T, strict=True))
+        encoding, codes = domain.encoding, results.codes
+        costs = tuple(
+            None if index in domain.exact else _Belief.fitted(encoding, codes, values)
+            for index, values in enumerate(results.costs.T)
         )
-        limits = []
-        for values in results.constraints.T:
-            told = np.isfinite(values)
-            if (values[told] > 0).any():  # else nothing says that it ever binds
-                score = NormalScores(values[told])
-                limits.append((score, GaussianProcess.fit(encoding, results.codes[told], score(values[told]))))
-        return cls(domain, scores, processes, tuple(limits))
+        told = [(values, np.isfinite(values)) for values in results.constraints.T]
+        # of a constraint that was never broken nothing says that it ever binds
+        binding = [(values[known], codes[known]) for values, known in told if (values[known] > 0).any()]
+        return cls(domain, costs, tuple(_Belief.fitted(encoding, *pair[::-1]) for pair in binding))
 
     def feasible(self, codes: Codes) -> np.ndarray:
         """(c, d) codes -> (c,) probabilities that all constraints are met."""
         found = np.ones(len(codes), np.float32)
-        for score, process in self.limits:
-            mean, deviation = process.predict(codes)
-            found *= normal_cdf((score(np.zeros(1)) - mean) / deviation)
+        for belief in self.limits:
+            found *= belief.at_most(codes, np.zeros(1))[:, 0]
         return found
 
     def dominates(self, codes: Codes, points: np.ndarray) -> np.ndarray:
         """(c, d) codes and (p, m) points -> (c, p) probabilities that a candidate counts and is nowhere worse."""
         found = np.repeat(self.feasible(codes)[:, None], len(points), axis=1)
-        for index, (score, process) in enumerate(zip(self.scores, self.processes, strict=True)):
-            if process is None:
+        for index, belief in enumerate(self.costs):
+            if belief is None:
                 found *= self.domain.exact[index](codes)[:, None] <= points[None, :, index]
             else:
-                mean, deviation = (part.astype(np.float32)[:, None] for part in process.predict(codes))
-                found *= normal_cdf((score(points[:, index]).astype(np.float32)[None] - mean) / deviation)
+                found *= belief.at_most(codes, points[:, index])
         return found
+
+
+@dataclass(frozen=True)
+class _Belief:
+    """A process of a figure as it is or of its normal scores, whichever predicts better what was left out."""
+
+    transform: Callable[[np.ndarray], np.ndarray]
+    process: GaussianProcess
+
+    @classmethod
+    def fitted(cls, encoding: Encoding, codes: Codes, values: np.ndarray) -> _Belief:
+        transforms = (_unchanged, NormalScores(values))
+        found = [cls(transform, GaussianProcess.fit(encoding, codes, transform(values))) for transform in transforms]
+        return max(found, key=lambda belief: rank_correlation(belief.process.left_out(), values))
+
+    def at_most(self, codes: Codes, values: np.ndarray) -> np.ndarray:
+        """(c, d) codes and (p,) values -> (c, p) probabilities, float32."""
+        mean, deviation = (part.astype(np.float32)[:, None] for part in self.process.predict(codes))
+        return normal_cdf((self.transform(values).astype(np.float32)[None] - mean) / deviation)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, of (n,) and (n,) values; 0 where one does not vary."""
+    from scipy.stats import rankdata
+
+    ranks = np.stack([rankdata(a), rankdata(b)])
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    lengths = float(np.linalg.norm(ranks[0]) * np.linalg.norm(ranks[1]))
+    return float(ranks[0] @ ranks[1]) / lengths if lengths > 0 else 0.0
 
 
 def normal_cdf(z: np.ndarray) -> np.ndarray:
