@@ -57,6 +57,11 @@ class Grid:
     def ordered(self) -> tuple[bool, ...]:
         return ordered_choices(self.options)
 
+    @property
+    def alike(self) -> tuple[int, ...]:
+        """A number for each parameter that those with the same options share."""
+        return tuple(map([repr(options) for options in self.options].index, map(repr, self.options)))
+
     def code(self, params: Mapping[str, Any]) -> tuple[int, ...] | None:
         """The codes of a trial, a number between two options being the nearer one; None where a parameter lacks."""
         if any(name not in params for name in self.names):
@@ -339,7 +344,7 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
             raise ValueError(f"a reference of {len(self._reference)} values for {len(directions)} objectives")
         exact = {index: _as_costs(values, directions[index]) for index, values in self._exact.items()}
         given = {name: function for name, function in self._functions.items() if function is not None}
-        return Domain(grid.counts, grid.ordered, exact=exact, **given)
+        return Domain(grid.counts, grid.ordered, grid.alike, exact=exact, **given)
 
     def _propose(
         self, study: Study, grid: Grid, domain: Domain, count: int, rng: np.random.Generator,

@@ -3,8 +3,8 @@
 Notation: n evaluated architectures, m objectives, k constraints, d choices, c candidates, p points. Every objective is
 a cost: less is better. A constraint is met at 0 or less.
 
-Each objective that must be evaluated, and each constraint, gets a Gaussian process over codes, fitted on the normal
-scores of its values, so that a few broken architectures do not hide the differences between good ones. The expected
+Each objective that must be evaluated, and each constraint, gets a Gaussian process over codes: of its values as they
+are, or with those of bad architectures compressed, whichever predicts better what is left out. The expected
 gain of a candidate is the volume of what it dominates and nothing evaluated does, integrated over random points u:
 
     gain = product over constraints of P(value <= 0) * sum over u of w(u) * product over objectives of P(cost <= u)
@@ -25,7 +25,7 @@ import numpy as np
 from predictors.surrogate import Encoding, GaussianProcess
 
 POINTS, FEW_POINTS = 512, 64  # of the region that is not dominated, to choose with and to shortlist with
-SHORTLIST = 4_000  # candidates, by their gains over the few points
+SHORTLIST = 1_000  # candidates, by their gains over the few points
 ENUMERATED = 20_000  # spaces up to this size are looked at as a whole
 GENERATIONS, BROOD = 8, 2_500  # of the evolution over larger ones: 20,000 candidates
 PARENTS = 256
@@ -196,10 +196,11 @@ def _candidates(
     costs = results.costs[results.feasible] if results.feasible.any() else results.costs
     front = good[non_dominated(costs)]
     pool = domain.new(np.concatenate([domain.varied(front, BROOD // 2, rng), domain.random(BROOD // 2, rng)]), taken)
-    gains = region.gains(pool)
+    gains, seen = region.gains(pool), {*taken, *keys(pool)}
     for _ in range(GENERATIONS - 1):
         parents = np.concatenate([pool[np.argsort(-gains, kind="stable")[:PARENTS]], front])
-        fresh = domain.new(domain.varied(parents, BROOD, rng), taken | keys(pool))
+        fresh = domain.new(domain.varied(parents, BROOD, rng), seen)
+        seen |= keys(fresh)
         pool, gains = np.concatenate([pool, fresh]), np.concatenate([gains, region.gains(fresh)])
     return pool, gains
 
@@ -244,21 +245,23 @@ class _Beliefs:
 
 @dataclass(frozen=True)
 class _Belief:
-    """A process of a figure as it is or of its normal scores, whichever predicts better what was left out."""
+    """A process of a figure as it is or compressed, whichever predicts better what was left out."""
 
     transform: Callable[[np.ndarray], np.ndarray]
     process: GaussianProcess
 
     @classmethod
     def fitted(cls, encoding: Encoding, codes: Codes, values: np.ndarray) -> _Belief:
-        transforms = (_unchanged, NormalScores(values))
+        transforms = (_unchanged, Compressed(values))
         found = [cls(transform, GaussianProcess.fit(encoding, codes, transform(values))) for transform in transforms]
         return max(found, key=lambda belief: rank_correlation(belief.process.left_out(), values))
 
     def at_most(self, codes: Codes, values: np.ndarray) -> np.ndarray:
         """(c, d) codes and (p,) values -> (c, p) probabilities, float32."""
         mean, deviation = (part.astype(np.float32)[:, None] for part in self.process.predict(codes))
-        return normal_cdf((self.transform(values).astype(np.float32)[None] - mean) / deviation)
+        away = self.transform(values).astype(np.float32)[None] - mean
+        away /= deviation
+        return normal_cdf(away)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -276,30 +279,30 @@ def normal_cdf(z: np.ndarray) -> np.ndarray:
 
     Page (1977), Applied Statistics 26: a logistic function of an odd cubic.
     """
-    z = np.clip(z, -6.0, 6.0).astype(np.float32)
-    return 1 / (1 + np.exp(-z * (np.float32(1.5957691) + np.float32(0.07135481) * z * z)))
+    z = np.clip(z, -6.0, 6.0, dtype=np.float32)
+    found = np.square(z)
+    found *= np.float32(-0.07135481)
+    found -= np.float32(1.5957691)
+    found *= z
+    np.exp(found, out=found)
+    found += 1
+    return np.asarray(np.reciprocal(found, out=found))
 
 
-class NormalScores:
-    """A rising map from values to normal scores: ranks through the inverse normal distribution, linear in between."""
+class Compressed:
+    """A rising map of costs that keeps the better half as it is and takes the logarithm of how much worse others are.
 
-    def __init__(self, values: np.ndarray) -> None:
-        from scipy.special import ndtri
+    A few broken architectures then do not hide the differences between good ones, and what is better than all results
+    lies where it would in the figure itself. It is smooth; 0 is the median, -1 the best tenth.
+    """
 
-        self.values, counts = np.unique(values, return_counts=True)
-        self.scores = ndtri((np.cumsum(counts) - counts / 2) / len(values))
-        near = max(2, len(self.values) // 10)
-        self.slopes = [_slope(self.values[part], self.scores[part]) for part in (slice(near), slice(-near, None))]
+    def __init__(self, costs: np.ndarray) -> None:
+        best_tenth, self.median = np.quantile(costs, (0.1, 0.5))
+        self.unit = float(self.median - best_tenth) or float(np.std(costs)) or 1.0
 
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        found = np.interp(values, self.values, self.scores)
-        found += self.slopes[0] * np.minimum(values - self.values[0], 0)
-        return found + self.slopes[1] * np.maximum(values - self.values[-1], 0)
-
-
-def _slope(values: np.ndarray, scores: np.ndarray) -> float:
-    rise = float(values[-1] - values[0])
-    return float(scores[-1] - scores[0]) / rise if rise > 0 else 1.0
+    def __call__(self, costs: np.ndarray) -> np.ndarray:
+        units = (costs - self.median) / self.unit
+        return np.where(units > 0, np.log1p(np.maximum(units, 0.0)), units)
 
 
 class _Region:

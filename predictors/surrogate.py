@@ -14,10 +14,11 @@ import numpy as np
 SCALES = (1e-3, 1e2)  # bounds of the scale of a choice
 USUAL_SCALE, SPREAD = 0.3, 2.0  # centre of the prior on scales, and its deviation on logarithms
 STRENGTHS, STRENGTH_SPREAD = (1e-2, 1e2), 1.0  # the same of options, around 1
-NOISES = (1e-5, 1.0)  # bounds of the variance of noise over that of the signal
+NOISES = (1e-4, 1.0)  # bounds of the variance of noise over that of the signal
 USUAL_NOISE = 1e-2
-FITTED_ROWS = 160  # that scales are found on; the process itself rests on all rows
-ITERATIONS = 40
+LEAST_VARIANCE = 1e-5  # over that of the signal
+FITTED_ROWS = 100  # that scales are found on; the process itself rests on all rows
+ITERATIONS = 25
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,12 @@ class GaussianProcess:
         """Mean and standard deviation (n,) of the figure itself, without the noise of measuring it."""
         from scipy.linalg import solve_triangular
 
-        cross = kernel(self.bit_weights, self.encoding.bits(codes), self.bits)
-        half = solve_triangular(self.factor, cross.T, lower=True, check_finite=False)
-        variance = np.maximum(1.0 - np.einsum("ij,ij->j", half, half), 1e-9) * self.amplitude
-        return self.offset + self.unit * (cross @ self.weights), self.unit * np.sqrt(variance)
+        # single precision is several times faster, and its error far below the deviations
+        bits = self.encoding.bits(codes).astype(np.float32)
+        cross = kernel(self.bit_weights, self.bits.astype(np.float32), bits)
+        half = solve_triangular(self.factor.astype(np.float32), cross, lower=True, check_finite=False)
+        variance = np.maximum(1.0 - np.einsum("ij,ij->j", half, half), LEAST_VARIANCE) * self.amplitude
+        return self.offset + self.unit * (self.weights @ cross), self.unit * np.sqrt(variance)
 
     def left_out(self) -> np.ndarray:
         """What the process would predict (n,) of each of its rows, in units, from the others alone."""

@@ -73,6 +73,7 @@ class Table:
     """Architectures: codes (n, d), costs (n, m) to search by and to report (less is better), and classes (n,)."""
 
     codes: np.ndarray
+    options: tuple[tuple[str, ...], ...]  # of each choice
     numeric: tuple[bool, ...]
     costs: np.ndarray
     reported: np.ndarray
@@ -97,8 +98,8 @@ class Table:
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
         return {
-            f"choice{i:02}": IntDistribution(0, int(count) - 1) if numeric else CategoricalDistribution(_texts(count))
-            for i, (count, numeric) in enumerate(zip(self.counts, self.numeric, strict=True))
+            f"choice{i:02}": IntDistribution(0, len(options) - 1) if numeric else CategoricalDistribution(options)
+            for i, (options, numeric) in enumerate(zip(self.options, self.numeric, strict=True))
         }
 
     def place(self, codes: np.ndarray) -> int:
@@ -115,10 +116,6 @@ class Table:
         return np.array([row if place is None else self.codes[self.first_of_class[place]] for row, place in rows])
 
 
-def _texts(count: int) -> list[str]:
-    return [f"option{code}" for code in range(count)]
-
-
 # searches ------------------------------------------------------------------------------------------------
 
 
@@ -128,8 +125,10 @@ def asked_of(table: Table, sampler: optuna.samplers.BaseSampler, budget: int) ->
     rows: list[int] = []
     for _ in range(budget):
         trial = study.ask()
-        values = [trial._suggest(name, distribution) for name, distribution in table.distributions.items()]
-        codes = np.array([int(str(value).removeprefix("option")) for value in values])
+        codes = np.array([
+            int(distribution.to_internal_repr(trial._suggest(name, distribution)))
+            for name, distribution in table.distributions.items()
+        ])  # fmt: skip
         rows.append(table.place(codes))
         study.tell(trial, table.costs[rows[-1]].tolist())
     return rows
@@ -290,11 +289,13 @@ def read_table(asked: argparse.Namespace) -> tuple[Table, dict[str, Any]]:
         Column(name, sign, reference_of(frame, name, sign, given, objective))
         for (name, sign), (objective, _) in zip(reports, objectives, strict=True)
     ]
-    codes = np.column_stack([pd.factorize(frame[name], sort=True)[0] for name in choices]).astype(np.int64)
+    columns = [pd.factorize(frame[name], sort=True) for name in choices]
+    codes = np.column_stack([column for column, _ in columns]).astype(np.int64)
     if len(np.unique(codes, axis=0)) < len(codes):
         raise BadInput(f"several rows have the same {', '.join(choices)}; expected one row an architecture")
     table = Table(
         codes,
+        tuple(tuple(map(str, options)) for _, options in columns),
         tuple(pd.api.types.is_numeric_dtype(frame[n]) and frame[n].nunique() > MOST_CATEGORIES for n in choices),
         *(np.column_stack([c.sign * frame[c.name].to_numpy(float) for c in cs]) for cs in (searched_by, reported)),
         *(np.array([c.sign * c.reference for c in cs]) for cs in (searched_by, reported)),
