@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from predictors import proposals
-from predictors.proposals import Domain, NormalScores, Results, bounds, keys, non_dominated, normal_cdf, propose
+from predictors.proposals import (
+    Compressed,
+    Domain,
+    Results,
+    bounds,
+    keys,
+    non_dominated,
+    normal_cdf,
+    propose,
+    rank_correlation,
+)
 
 
 def results_of(codes: np.ndarray, costs: np.ndarray, constraints: np.ndarray | None = None) -> Results:
@@ -44,14 +54,24 @@ def test_normal_cdf_is_close_to_the_exact_one() -> None:
     assert (np.diff(normal_cdf(z)) >= 0).all()
 
 
-def test_normal_scores_rise_and_are_those_of_ranks(rng: np.random.Generator) -> None:
-    values = np.exp(3 * rng.standard_normal(50))
-    scores = NormalScores(values)
-    middle = (np.argsort(np.argsort(values)) + 0.5) / 50
-    np.testing.assert_allclose(scores(values), [NormalDist().inv_cdf(share) for share in middle], rtol=1e-9)
-    beyond = np.linspace(values.min() - 5, values.max() + 5, 200)
-    assert (np.diff(scores(beyond)) > 0).all()
-    assert np.isfinite(NormalScores(np.full(4, 2.0))(np.array([1.0, 2.0, 3.0]))).all()
+def test_compressed_costs_rise_are_straight_below_the_median_and_logarithmic_above(rng: np.random.Generator) -> None:
+    costs = np.exp(3 * rng.standard_normal(50))
+    compressed = Compressed(costs)
+    beyond = np.linspace(costs.min() - 5, costs.max() + 5, 200)
+    assert (np.diff(compressed(beyond)) > 0).all()
+    median, best_tenth = np.median(costs), np.quantile(costs, 0.1)
+    unit = median - best_tenth
+    asked = median + unit * np.array([-3.0, -1, 0, np.e - 1, np.e**2 - 1])
+    np.testing.assert_allclose(compressed(asked), [-3, -1, 0, 1, 2], atol=1e-9)
+    assert np.isfinite(Compressed(np.full(4, 2.0))(np.array([1.0, 2.0, 3.0]))).all()
+
+
+def test_rank_correlation_is_scipys(rng: np.random.Generator) -> None:
+    from scipy.stats import spearmanr
+
+    a, b = rng.integers(5, size=30), rng.standard_normal(30)
+    assert rank_correlation(a, a + b) == pytest.approx(spearmanr(a, a + b).statistic)
+    assert rank_correlation(np.ones(4), np.arange(4)) == 0.0
 
 
 @pytest.mark.parametrize("objectives", [2, 3, 4])
@@ -108,7 +128,7 @@ def test_proposals_are_new_canonical_allowed_and_repeatable(
         codes[codes[:, 0] == 0, 1] = 0
         return codes
 
-    domain = Domain(counts, (True,) * len(counts), canonical, lambda codes: codes[:, -1] == 0)
+    domain = Domain(counts, (True,) * len(counts), (), canonical, lambda codes: codes[:, -1] == 0)
     rng = np.random.default_rng(3)
     codes = domain.first(5, frozenset(), rng)
     assert len(keys(codes)) == len(codes) == 5

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from predictors.surrogate import Encoding, GaussianProcess, loss, ordered_choices, standardized
+from predictors.surrogate import Encoding, GaussianProcess, kernel, loss, ordered_choices, standardized
 
-ENCODING = Encoding((3, 4, 1, 2), (False, True, True, False))
+ENCODING = Encoding((3, 4, 1, 2), (False, True, True, False), (0, 1, 2, 3))
 
 
 def random_codes(count: int, rng: np.random.Generator, encoding: Encoding = ENCODING) -> np.ndarray:
@@ -17,21 +17,44 @@ def random_codes(count: int, rng: np.random.Generator, encoding: Encoding = ENCO
 def test_distance_counts_choices_that_differ_and_steps_of_ordered_ones() -> None:
     codes = np.array([[0, 0, 0, 0], [2, 0, 0, 0], [0, 3, 0, 0], [0, 1, 0, 1]])
     bits = ENCODING.bits(codes)
-    kernel = ENCODING.kernel(np.array([0.5, 0.7, 9.0, 0.2]), bits, bits)
-    distance = -np.log(kernel)
+    weights = ENCODING.weights(np.array([0.5, 0.7, 9.0, 0.2]), np.ones(ENCODING.option.max() + 1))
+    distance = -np.log(kernel(weights, bits, bits))
     np.testing.assert_allclose(distance[0], [0, 0.5, 0.7, 0.7 / 3 + 0.2], atol=1e-12)
     np.testing.assert_allclose(distance[1, 3], 0.5 + 0.7 / 3 + 0.2)
+
+
+def test_choices_that_are_alike_share_the_strengths_of_their_options() -> None:
+    encoding = Encoding((3, 3, 3), (False,) * 3, (0, 0, 1))
+    strengths = np.array([1.0, 4.0, 6.0, 1.0, 1.0, 1.0])  # of the options of the first two choices, and of the third
+    bits = encoding.bits(np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 2, 0], [0, 0, 2]]))
+    distance = -np.log(kernel(encoding.weights(np.array([1.0, 2.0, 0.5]), strengths), bits, bits))
+    np.testing.assert_allclose(distance[0], [0, (1 + 4) / 2, 2 * (1 + 4) / 2, 2 * (1 + 6) / 2, 0.5], atol=1e-12)
+
+
+def test_what_is_left_out_is_what_a_process_without_it_predicts(rng: np.random.Generator) -> None:
+    encoding = Encoding((4, 5, 3), (False, True, False), (0, 1, 2))
+    codes, values = random_codes(25, rng, encoding), rng.standard_normal(25)
+    weights = rng.uniform(0.1, 1, len(encoding.owner))
+    targets = (values - values.mean()) / values.std()
+    left_out = GaussianProcess.given(encoding, codes, values, weights, 0.1).left_out()
+    bits = encoding.bits(codes)
+    for row in range(25):
+        others = np.arange(25) != row
+        gram = kernel(weights, bits[others], bits[others]) + 0.1 * np.eye(24)
+        expected = kernel(weights, bits[row : row + 1], bits[others]) @ np.linalg.solve(gram, targets[others])
+        assert left_out[row] == pytest.approx(float(expected[0]), abs=1e-9)
 
 
 def test_predictions_are_those_of_scikit_learn_on_the_same_kernel(rng: np.random.Generator) -> None:
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF
 
-    encoding = Encoding((4, 5, 3), (False, False, False))
+    encoding = Encoding((4, 5, 3), (False, False, False), (0, 1, 2))
     codes, asked = random_codes(40, rng, encoding), random_codes(30, rng, encoding)
     values = 5 + 3 * rng.standard_normal(40)
     scales, noise = np.array([0.3, 1.2, 0.1]), 0.05
-    process = GaussianProcess.given(encoding, codes, values, scales, noise)
+    weights = encoding.weights(scales, np.ones(12))
+    process = GaussianProcess.given(encoding, codes, values, weights, noise)
 
     one_hot = [
         np.concatenate([np.eye(n)[c] for n, c in zip((4, 5, 3), x.T, strict=True)], axis=1) for x in (codes, asked)
@@ -44,23 +67,24 @@ def test_predictions_are_those_of_scikit_learn_on_the_same_kernel(rng: np.random
     gram = other.kernel_(one_hot[0]) + noise * np.eye(40)
     amplitude = targets @ np.linalg.solve(gram, targets) / 40
     found = process.predict(asked)
-    np.testing.assert_allclose(found[0], values.mean() + values.std() * mean, rtol=1e-9)
-    np.testing.assert_allclose(found[1], values.std() * deviation * np.sqrt(amplitude), rtol=1e-6)
+    np.testing.assert_allclose(found[0], values.mean() + values.std() * mean, rtol=1e-4)  # single precision
+    np.testing.assert_allclose(found[1], values.std() * deviation * np.sqrt(amplitude), rtol=1e-3)
 
 
 def test_gradient_of_the_loss_by_finite_differences(rng: np.random.Generator) -> None:
-    bits, targets = ENCODING.bits(random_codes(25, rng)), rng.standard_normal(25)
-    parameters = rng.normal(-1, 1, 5)
-    _, gradient = loss(parameters, ENCODING, bits, targets)
-    for index in range(5):
-        step = np.zeros(5)
+    encoding = Encoding((3, 4, 1, 3), (False, True, True, False), (0, 1, 2, 0))
+    bits, targets = encoding.bits(random_codes(25, rng, encoding)), rng.standard_normal(25)
+    parameters = rng.normal(-1, 1, 4 + encoding.option.max() + 1 + 1)
+    _, gradient = loss(parameters, encoding, bits, targets)
+    for index in range(len(parameters)):
+        step = np.zeros(len(parameters))
         step[index] = 1e-5
-        up, down = (loss(parameters + sign * step, ENCODING, bits, targets)[0] for sign in (1, -1))
+        up, down = (loss(parameters + sign * step, encoding, bits, targets)[0] for sign in (1, -1))
         assert gradient[index] == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-6)
 
 
 def test_a_fit_learns_which_choice_matters_and_predicts_what_it_did_not_see(rng: np.random.Generator) -> None:
-    encoding = Encoding((4,) * 5, (True, False, True, False, True))
+    encoding = Encoding((4,) * 5, (True, False, True, False, True), tuple(range(5)))
     effect = np.array([0.0, 3.0, -1.0, 2.0])
 
     def figure(codes: np.ndarray) -> np.ndarray:
@@ -68,9 +92,13 @@ def test_a_fit_learns_which_choice_matters_and_predicts_what_it_did_not_see(rng:
 
     codes, asked = random_codes(60, rng, encoding), random_codes(200, rng, encoding)
     process = GaussianProcess.fit(encoding, codes, figure(codes))
-    assert min(process.scales[:2]) > max(process.scales[2:])
+    importance = np.bincount(encoding.owner, process.bit_weights)
+    assert min(importance[:2]) > max(importance[2:])
     mean, deviation = process.predict(asked)
-    assert np.abs(mean - figure(asked)).mean() < 0.05  # of figures from -1 to 9
+    seen = {(a, b) for a, b, *_ in codes.tolist()}
+    known = np.array([(a, b) in seen for a, b, *_ in asked.tolist()])
+    error = np.abs(mean - figure(asked))  # of figures from -1 to 9
+    assert error[known].mean() < 0.005 and error.mean() < 0.2
     assert (deviation > 0).all()
 
 
