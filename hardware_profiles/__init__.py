@@ -8,6 +8,7 @@ from hardware_profiles.device import (
     UnavailableCost,
     UnknownDevice,
     device_names,
+    is_device_file,
     load_device,
 )
 from hardware_profiles.latency_table import LatencyTable, Predictions
@@ -29,6 +30,7 @@ __all__ = [
     "device_names",
     "features",
     "flash_bytes",
+    "is_device_file",
     "load_device",
     "peak_sram_bytes",
 ]

@@ -212,6 +212,11 @@ def device_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
+def is_device_file(text: str) -> bool:
+    """Whether a device is given by its file rather than by its name."""
+    return text.endswith((".yaml", ".yml")) or "/" in text or os.sep in text
+
+
 def load_device(name_or_path: str | Path) -> DeviceProfile:
     """A shipped profile by name, or a file: anything with a path separator or a .yaml suffix.
 
@@ -227,7 +232,7 @@ def load_device(name_or_path: str | Path) -> DeviceProfile:
         return replace(
             load_device(threaded[1]), name=text, title=f"The CPU of this machine, {count} threads", threads=count
         )
-    is_file = isinstance(name_or_path, Path) or text.endswith((".yaml", ".yml")) or "/" in text or os.sep in text
+    is_file = isinstance(name_or_path, Path) or is_device_file(text)
     if not is_file and text not in device_names():
         raise UnknownDevice(f"unknown device {text!r}{_nearest(text, device_names())}; or give the path of a YAML file")
     path = Path(name_or_path) if is_file else SHIPPED / f"{text}.yaml"

@@ -141,12 +141,10 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _profile(parsed: argparse.Namespace) -> None:
-    from nas.config import DeviceSettings
     from nas.pipeline import Run
 
     run = Run.open(parsed.run)
-    listed = {device.name: device for device in run.experiment.devices}
-    settings = listed.get(parsed.device, DeviceSettings(parsed.device))
+    settings = run.settings_of(parsed.device)
     given = {"samples": parsed.samples, "error": parsed.error}
     given = {name: value for name, value in given.items() if value is not None}
     if parsed.measurements and given:
@@ -163,11 +161,10 @@ def _profile(parsed: argparse.Namespace) -> None:
 
 def _plan(run: Run, parsed: argparse.Namespace) -> None:
     """Write what to measure, for who measures it."""
-    from hardware_profiles import load_device
     from nas.offline import write_plan
 
     samples = parsed.samples or 10
-    device = load_device(parsed.device)
+    device = run.described(parsed.device)
     models = write_plan(run.space, device, parsed.plan, samples=samples, seed=run.experiment.seed)
     print(
         f"{samples} subnets to measure on {device.name}, float input 'input', batch 1:\n"

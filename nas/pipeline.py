@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from hardware_profiles import DeviceProfile, device_names, load_device
-from hardware_profiles.files import read_json, sha256_of, write_json, write_text
+from hardware_profiles import DeviceProfile, device_names, is_device_file, load_device
+from hardware_profiles.files import read_json, sha256_of, write_bytes, write_json, write_text
 from nas.checkpoints import load_checkpoint
 from nas.config import BadExperiment, DeviceSettings, Experiment, read_experiment
 from nas.costs import Item, ProfiledDevice, UnknownFigure, parse_objective
@@ -41,7 +41,10 @@ FIXED = ("name", "seed", "data", "space", "train")  # what a run directory is ma
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory and its experiment. Data, space and supernet are made when first asked for."""
+    """A run directory and its experiment. Data, space and supernet are made when first asked for.
+
+    The directory keeps copies of the device files that the experiment was given, and its experiment.yaml names those.
+    """
 
     folder: Path
     experiment: Experiment
@@ -73,8 +76,16 @@ class Run:
         return run
 
     def _write(self) -> None:
-        content = self.experiment.to_dict() | {"versions": versions()}
+        devices = self.experiment.devices
+        files = {_device_name(one): Path(one.name).read_bytes() for one in devices if is_device_file(one.name)}
+        named = tuple(replace(one, name=_device_name(one)) for one in devices)
+        content = replace(self.experiment, devices=named).to_dict() | {"versions": versions()}
         write_text(self.folder / "experiment.yaml", yaml.safe_dump(content, sort_keys=False))
+        for name, file in files.items():  # after the experiment, without which the directory is no run
+            write_bytes(self._kept_file(name), file)
+
+    def _kept_file(self, device: str) -> Path:
+        return self.folder / "devices" / f"{device}.yaml"
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -95,7 +106,7 @@ class Run:
         """
         plan, export_plan = self.experiment.search, self.experiment.export
         objectives, limits = plan.parsed_objectives, plan.parsed_limits
-        profiled = [ProfiledDevice(load_device(device.name)) for device in self.experiment.devices]
+        profiled = [ProfiledDevice(self.described(device.name)) for device in self.experiment.devices]
         devices = devices_of([*objectives, *limits], profiled)
         check_training(self.experiment.train, self.space, self.data)
         costs = Costs(self.space, objectives, limits, devices)
@@ -154,6 +165,27 @@ class Run:
         transforms = self.experiment.train.kernel_transforms
         return Supernet(self.space, seed=self.experiment.seed, kernel_transforms=transforms)
 
+    def described(self, device: str) -> DeviceProfile:
+        """A device by name, the run's own ones first, or by its file.
+
+        Raises BadExperiment for a file whose device has the name of a shipped one, UnknownDevice and InvalidProfile.
+        """
+        if not is_device_file(device):
+            kept = self._kept_file(device)
+            return load_device(kept if kept.is_file() else device)
+        described = load_device(device)
+        if described.name in device_names():
+            raise BadExperiment(
+                f"{device}: the name {described.name!r} is that of a shipped device; give yours another name"
+            )
+        return described
+
+    def settings_of(self, device: str) -> DeviceSettings:
+        """How a device, given by name or by its file, is profiled: as the experiment says, else as by default."""
+        name = self.described(device).name
+        listed = (one for one in self.experiment.devices if _device_name(one) == name)
+        return replace(next(listed, DeviceSettings(name)), name=device)
+
     def profile(self, settings: DeviceSettings) -> tuple[Run, ProfiledDevice]:
         """Profile a device; returns the run with the device in its experiment, and the device.
 
@@ -164,19 +196,18 @@ class Run:
 
     def profile_measured(self, settings: DeviceSettings, file: Path) -> tuple[Run, ProfiledDevice]:
         """The same from a CSV file of measurements; see `nas.offline.profile_measured`."""
-        device = profile_measured(self.space, _described(settings), file, seed=self.experiment.seed)
+        device = profile_measured(self.space, self.described(settings.name), file, seed=self.experiment.seed)
         assert device.predictor is not None
         told = device.predictor.provenance
         self._keep(device, {"space": self.space.name, "measurements": {key: told[key] for key in ("file", "sha256")}})
         return self._with_device(settings, device), device
 
     def _with_device(self, settings: DeviceSettings, device: ProfiledDevice) -> Run:
-        if settings in self.experiment.devices:
+        if settings in self.experiment.devices and not is_device_file(settings.name):
             return self
-        others = [held for held in self.experiment.devices if load_device(held.name).name != device.name]
-        run = Run(self.folder, replace(self.experiment, devices=(*others, settings)))
-        run._write()
-        return run
+        others = [held for held in self.experiment.devices if _device_name(held) != device.name]
+        Run(self.folder, replace(self.experiment, devices=(*others, settings)))._write()
+        return Run.open(self.folder)
 
     def _keep(self, device: ProfiledDevice, made_from: Mapping[str, Any]) -> None:
         """Write the predictor of a device, and what it was made from."""
@@ -194,7 +225,7 @@ class Run:
         Raises BadExperiment where `asked_for`, by `nas profile`, is needed to run a command, and where it would put
         measurements of this machine in the place of those of a file.
         """
-        described = _described(settings)
+        described = self.described(settings.name)
         if not described.is_measured:
             return ProfiledDevice(described)
         path, about = self._predictor_paths(described.name)
@@ -352,14 +383,8 @@ def with_search(run: Run, limits: Sequence[str], confidence: float | None, trial
     return Run(run.folder, replace(run.experiment, search=changed))
 
 
-def _described(settings: DeviceSettings) -> DeviceProfile:
-    """The device that settings name; raises BadExperiment for a file whose device has the name of a shipped one."""
-    described = load_device(settings.name)
-    if described.name in device_names() and settings.name not in device_names():
-        raise BadExperiment(
-            f"{settings.name}: the name {described.name!r} is that of a shipped device; give yours another name"
-        )
-    return described
+def _device_name(settings: DeviceSettings) -> str:
+    return load_device(settings.name).name if is_device_file(settings.name) else settings.name
 
 
 def _measured_by(device: DeviceProfile) -> dict[str, object]:

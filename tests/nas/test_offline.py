@@ -87,7 +87,7 @@ def test_a_plan_is_measured_and_becomes_a_profile(
     assert "fitted on 8 measured subnets; held-out median error" in out
 
     again = Run.open(run.folder)
-    assert again.experiment.devices[-1] == DeviceSettings(str(board))
+    assert again.experiment.devices[-1] == DeviceSettings("board")
     monkeypatch.setattr("nas.pipeline.profile", lambda *_, **__: pytest.fail("this machine must not be measured"))
     device = again.devices["board"]
     assert isinstance(device.predictor, NewDevicePredictor)

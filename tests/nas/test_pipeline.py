@@ -273,6 +273,41 @@ def test_a_device_that_is_profiled_later_joins_the_run(run: Run) -> None:
     assert set(joined.devices) == {"toy", "stm32h743"}
 
 
+def test_a_run_keeps_the_device_files_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    for folder in (there, elsewhere):
+        folder.mkdir()
+    monkeypatch.chdir(there)
+    (there / "w12.yaml").write_text(tiny.device_yaml("toy", title="the first"))
+    assert main(["train", str(tiny.write_experiment(there, devices=[{"name": "w12.yaml"}])), "--out", "run"]) == 0
+    (there / "w12.yaml").write_text(tiny.device_yaml("toy", title="the second"))
+
+    shutil.move(there / "run", elsewhere / "moved")
+    monkeypatch.chdir(elsewhere)
+    assert main(["search", "moved", "--trials", "4"]) == 0 and main(["pareto", "moved"]) == 0
+    assert main(["profile", "moved", "--device", "toy"]) == 0
+    assert "toy: the first" in capsys.readouterr().out
+    assert main(["profile", "moved", "--device", "../there/w12.yaml"]) == 0
+    assert "toy: the second" in capsys.readouterr().out
+    assert Run.open("moved").experiment.devices == (DeviceSettings("toy"),)
+    assert Run.open("moved").devices["toy"].profile.title == "the second"
+
+    monkeypatch.chdir(there)
+    longer = tiny.write_experiment(there, devices=[{"name": "w12.yaml", "samples": 7}])
+    Run.create(elsewhere / "moved", read_experiment(longer))
+    assert Run.open(elsewhere / "moved").settings_of("w12.yaml") == DeviceSettings("w12.yaml", samples=7)
+
+
+def test_two_files_of_one_device_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    files = [tiny.write_device(tmp_path), tiny.write_device(tmp_path / "other")]
+    with pytest.raises(BadExperiment, match="devices: toy is listed twice"):
+        Run.create(tmp_path / "run", plan(tmp_path, devices=[{"name": str(file)} for file in files]))
+    assert not (tmp_path / "run").exists()
+
+
 def test_trust_trains_some_subnets_alone_and_keeps_its_report(
     run: Run, calls: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
