@@ -633,6 +633,8 @@ def _summary_of_device(device: Any) -> str:
     if device.predictor:
         median, of_macs = held_out["median_error"], held_out["macs_only"]["median_error"]
         error = f"held-out median error {median:.1%} (MACs only: {of_macs:.1%})"
+        if held_out["spearman"] is None:
+            error += f", {_rank_correlation(None)}"
     elif profile.is_measured:
         error = "fitted by 'nas profile'"
     else:
@@ -657,9 +659,15 @@ def _held_out_error(model: LatencyModel | EnergyModel) -> str:
 def _summary_of_check(name: str, check: Mapping[str, Any]) -> str:
     return (
         f"{name}: {check['networks']} fresh subnets measured later: median error {check['median_error']:.1%}, "
-        f"{check['within_10_percent']:.0%} within 10 %, Spearman {check['spearman']:.3f}; "
+        f"{check['within_10_percent']:.0%} within 10 %, {_rank_correlation(check['spearman'])}; "
         f"MACs only {check['macs_only_median_error']:.1%}; repeat-measurement noise {check['repeat_noise']:.1%}"
     )
+
+
+def _rank_correlation(rho: float | None) -> str:
+    if rho is None:
+        return "rank correlation not defined (all latencies or all predictions are equal)"
+    return f"Spearman {rho:.3f}"
 
 
 def _summary_of_export(manifest: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from nas.costs import ProfiledDevice
 from nas.progress import progress_bar
 from nas.sampling import sample_spread
 from predictors import KnownDevice, LatencyPredictor, NewDevicePredictor, choose_networks, most_uncertain
-from predictors.regression import matrix_of
+from predictors.regression import matrix_of, spearman_rho
 from search_spaces import Architecture, Network, SearchSpace
 
 log = logging.getLogger(__name__)
@@ -366,7 +366,7 @@ class PredictorCheck:
     networks: int
     median_error: float
     within_10_percent: float
-    spearman: float
+    spearman: float | None
     macs_only_median_error: float
     repeat_noise: float
     rows: tuple[dict[str, float | str], ...]
@@ -382,8 +382,6 @@ def check_predictor(
 
     Raises ValueError for a device without a predictor, or a space too small to hold subnets it never saw.
     """
-    from scipy.stats import spearmanr
-
     if device.predictor is None:
         raise ValueError(f"{device.name} has no predictor to check; fit one with nas.profile(space, device)")
     seen = set(device.predictor.provenance.get("architectures", ()))
@@ -420,7 +418,7 @@ def check_predictor(
         len(rows),
         float(np.median(errors)),
         float((errors <= 0.1).mean()),
-        float(spearmanr(predicted, measured).statistic),
+        spearman_rho(predicted, measured),
         float(np.median(np.abs(columns @ line - 1))),
         repeat_noise(first, second),
         rows,

@@ -29,13 +29,6 @@ def kendall_tau(x: np.ndarray, y: np.ndarray) -> float | None:
     return float(np.sum(above_x * above_y)) / pairs if pairs else None
 
 
-def spearman_rho(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Spearman's rho of x and y (n,); None where x or y is constant."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else None
-
-
 def tau_gain(x: np.ndarray, baseline: np.ndarray, y: np.ndarray) -> float | None:
     """How much larger Kendall's tau-b of x and y is than that of the baseline and y; None where one is not defined."""
     taus = kendall_tau(x, y), kendall_tau(baseline, y)

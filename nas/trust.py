@@ -33,7 +33,6 @@ from nas.ranking import (
     noise_bound,
     picks,
     regrets,
-    spearman_rho,
     standard_error,
     tau_gain,
 )
@@ -42,6 +41,7 @@ from nas.supernet import Subnet, Supernet, digest_of
 from nas.train import steps_of, train
 from nas.train_settings import TrainSettings
 from nas.versions import versions
+from predictors.regression import spearman_rho
 from search_spaces import Architecture, SearchSpace
 from search_spaces.space import DEPLOYMENT_ROLES
 

@@ -69,7 +69,8 @@ class AdditivePredictor:
     def report(self) -> dict[str, Any]:
         """Errors on networks left out of the fit, and those of a line through the MACs on the same folds.
 
-        mape, median_error, max_error and within_10_percent are shares; relative_error_90 is half the interval.
+        mape, median_error, max_error and within_10_percent are shares; relative_error_90 is half the interval; spearman
+        is None where it is not defined, since all latencies or all predictions are equal.
         """
         _ = self.model
         return json.loads(json.dumps(self._report))

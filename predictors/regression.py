@@ -69,17 +69,22 @@ def predict_left_out(matrix: np.ndarray, latency_ms: np.ndarray, fold: np.ndarra
     return predicted
 
 
-def scores(predicted_ms: np.ndarray, latency_ms: np.ndarray) -> dict[str, float]:
-    """How far predictions are off, as shares of the measured latency, and whether they rank alike (Spearman)."""
+def spearman_rho(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Spearman's rho of x and y (n,); None where x or y is constant."""
     from scipy.stats import spearmanr
 
+    return float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else None
+
+
+def scores(predicted_ms: np.ndarray, latency_ms: np.ndarray) -> dict[str, float | None]:
+    """How far predictions are off, as shares of the measured latency, and whether they rank alike (Spearman)."""
     error = np.abs(predicted_ms / latency_ms - 1)
     return {
         "mape": float(error.mean()),
         "median_error": float(np.median(error)),
         "max_error": float(error.max()),
         "within_10_percent": float((error <= 0.1).mean()),
-        "spearman": float(spearmanr(predicted_ms, latency_ms).statistic),
+        "spearman": spearman_rho(predicted_ms, latency_ms),
     }
 
 

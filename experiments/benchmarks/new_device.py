@@ -118,7 +118,7 @@ def compared(task: Task, samples: int, draws: int) -> dict[str, dict[str, list[f
 
 
 def _mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    columns = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
     return {name: [round(float(column.mean()), 5), round(float(column.std()), 5)] for name, column in columns.items()}
 
 

@@ -561,6 +561,14 @@ def test_a_family_is_described_with_settings(capsys: pytest.CaptureFixture[str])
     assert code == DONE and re.search(r" choices, [1-9]\.\d\de\+\d+ architectures, ", out.splitlines()[0])
 
 
+def test_a_check_tells_the_rank_correlation_or_that_there_is_none() -> None:
+    from nas.cli import _summary_of_check
+
+    shares = dict.fromkeys(("median_error", "within_10_percent", "macs_only_median_error", "repeat_noise"), 0.1)
+    said = {rho: _summary_of_check("board", {"networks": 3, "spearman": rho, **shares}) for rho in (0.5, None)}
+    assert "Spearman 0.500;" in said[0.5] and "rank correlation not defined" in said[None]
+
+
 def test_a_limit_beyond_memory_is_shown_in_the_table() -> None:
     from nas.cli import table
 

@@ -113,6 +113,21 @@ def test_many_measurements_are_fitted_alone(run: Run, board: Path, tmp_path: Pat
     assert held["measurements"]["file"] == "many.csv" and held["space"] == run.space.name
 
 
+@pytest.mark.parametrize("count", [10, 60])
+def test_equal_latencies_have_no_rank_correlation(
+    count: int, run: Run, board: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(1)
+    some = list(dict.fromkeys(run.space.sample(rng) for _ in range(100)))[:count]
+    path = tmp_path / "equal.csv"
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([("architecture", "latency_ms"), *((str(one), 3.0) for one in some)])
+    code, out, _ = call(capsys, "profile", run.folder, "--device", board, "--measurements", path)
+    assert code == DONE and "rank correlation not defined (all latencies or all predictions are equal)" in out
+    report = json.loads((run.folder / "devices" / "board.json").read_text())["report"]
+    assert report["networks"] == count and report["spearman"] is None
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

@@ -17,10 +17,10 @@ from nas.ranking import (
     noise_bound,
     picks,
     regrets,
-    spearman_rho,
     standard_error,
     tau_gain,
 )
+from predictors.regression import spearman_rho
 
 # statistics ----------------------------------------------------------------------------------------------
 

@@ -74,6 +74,13 @@ def test_scores_by_hand() -> None:
     assert found["spearman"] == pytest.approx(0.6)
 
 
+def test_what_is_constant_has_no_rank_correlation() -> None:
+    constant, growing = np.full(3, 2.0), np.array([1.0, 2.0, 3.0])
+    for pair in ((constant, growing), (growing, constant), (constant, constant)):
+        assert scores(*pair)["spearman"] is None
+    assert scores(growing, constant)["mape"] == pytest.approx(1 / 3)
+
+
 def test_the_interval_is_the_conformal_quantile() -> None:
     predicted = np.ones(19)
     latency = 1 + np.arange(1, 20) / 100
