@@ -495,11 +495,17 @@ def _facts_of_device(profile: DeviceProfile) -> dict[str, Any]:
 def _doctor(parsed: argparse.Namespace) -> None:
     from nas.doctor import doctor
 
-    facts, problems = doctor()
-    width = max(map(len, facts))
-    for name, value in facts.items():
+    found = doctor()
+    width = max(map(len, found.facts))
+    for name, value in found.facts.items():
         print(f"{name:{width}}  {value}")
-    print("\n".join(f"missing: {problem}" for problem in problems) or "nothing is missing")
+    for problem in found.optional:
+        print(f"missing, optional: {problem}")
+    for problem in found.required:
+        print(f"missing, required: {problem}")
+    if found.required:
+        raise SystemExit(FAILED)
+    print("nothing required is missing")
 
 
 # printing ------------------------------------------------------------------------------------------------
@@ -763,7 +769,7 @@ def _parser() -> argparse.ArgumentParser:
     devices = verb("devices", _devices, "List the devices, or describe one with the source of each number.")
     devices.add_argument("name", nargs="?", metavar="NAME|FILE")
     devices.add_argument("--format", choices=("table", "json"), default="table")
-    verb("doctor", _doctor, "Show versions, processor and GPU, and what is missing.")
+    verb("doctor", _doctor, "Show versions, processor and GPU, and what is missing: exit code 1 where it is required.")
     return parser
 
 

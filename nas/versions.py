@@ -9,19 +9,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("fitnest", "torch", "onnxruntime", "onnx", "optuna", "numpy", "scikit-learn", "pandas", "matplotlib")
+NOT_INSTALLED = "not installed"
 RESULTS = "experiments/results"
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and the packages, and the commit where the code runs from a checkout."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: version_of(package) for package in PACKAGES}
     commit = commit_of(Path(__file__).parent)
     return found | ({"commit": commit} if commit else {})
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return NOT_INSTALLED
 
 
 def commit_of(folder: Path) -> str:
