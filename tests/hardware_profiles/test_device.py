@@ -48,6 +48,59 @@ def write(folder: Path, change: dict[str, Any]) -> Path:
     return path
 
 
+def documented() -> dict[str, Any]:
+    """The example of docs/add_a_device.md."""
+    page = (Path(__file__).parents[2] / "docs" / "add_a_device.md").read_text()
+    return yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+
+
+LEFT_OUT: list[tuple[list[str], dict[str, Any]]] = [
+    ([], {"name": "my-board", "sram_limit_bytes": 524_288, "patches": True, "sram_overhead": 0.075}),
+    (["limits"], {"sram_limit_bytes": None, "flash_limit_bytes": None}),
+    (["patches"], {"patches": False}),
+    (["memory"], {"planner": None, "flash_overhead_bytes": 0, "storage": "c_arrays"}),
+    (["memory", "explicit_padding"], {"explicit_padding": "never"}),
+    (["memory", "storage"], {"storage": "c_arrays"}),
+    (["energy"], {"energy_model": None}),
+]
+
+
+@pytest.mark.parametrize(("key", "expected"), LEFT_OUT, ids=[".".join(key) for key, _ in LEFT_OUT])
+def test_what_the_documentation_says_may_be_left_out(key: list[str], expected: dict[str, Any], tmp_path: Path) -> None:
+    content = documented()
+    section = content
+    for name in key[:-1]:
+        section = section[name]
+    for name in key[-1:]:
+        del section[name]
+    (tmp_path / "device.yaml").write_text(yaml.safe_dump(content))
+    device = load_device(tmp_path / "device.yaml")
+    assert {name: getattr(device, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("key", [("limits", "sram_bytes"), ("memory", "planner"), ("memory", "flash_overhead_bytes")])
+def test_what_the_documentation_says_is_needed(key: tuple[str, str], tmp_path: Path) -> None:
+    content = documented()
+    del content[key[0]][key[1]]
+    (tmp_path / "device.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(InvalidProfile, match=f"missing key '{'.'.join(key)}'"):
+        load_device(tmp_path / "device.yaml")
+
+
+def test_a_memory_has_one_overhead_of_sram_or_both(tmp_path: Path) -> None:
+    content, path = documented(), tmp_path / "device.yaml"
+    share = content["memory"].pop("sram_overhead")
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(InvalidProfile, match=r"missing key 'memory\.sram_overhead'"):
+        load_device(path)
+    content["memory"]["sram_overhead_bytes"] = {"value": 100, "source": "..."}
+    path.write_text(yaml.safe_dump(content))
+    assert (load_device(path).sram_overhead, load_device(path).sram_overhead_bytes) == (0.0, 100)
+    content["memory"]["sram_overhead"] = share
+    path.write_text(yaml.safe_dump(content))
+    assert (load_device(path).sram_overhead, load_device(path).sram_overhead_bytes) == (0.075, 100)
+
+
 def test_the_host_with_more_threads_is_a_device_of_its_own() -> None:
     one, four = load_device("host-cpu"), load_device("host-cpu-4-threads")
     assert (four.name, four.threads, four.is_at_hand) == ("host-cpu-4-threads", 4, True)

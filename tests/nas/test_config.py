@@ -108,6 +108,13 @@ def test_unknown_recipes_and_bad_overrides(tmp_path: Path) -> None:
             load_experiment(path, [override])
 
 
+def test_an_override_replaces_the_whole_list_of_devices() -> None:
+    devices = load_experiment("quickstart", ["devices=[{name: host-cpu, samples: 10}, {name: stm32f746}]"]).devices
+    assert [(device.name, device.samples) for device in devices] == [("host-cpu", 10), ("stm32f746", 120)]
+    with pytest.raises(BadExperiment, match="unknown key"):
+        load_experiment("quickstart", ["devices[0].samples=10"])
+
+
 def test_equal_files_are_equal_experiments(tmp_path: Path) -> None:
     path = write(tmp_path, tiny.experiment(tmp_path))
     first, second = (read_experiment(path) for _ in range(2))
