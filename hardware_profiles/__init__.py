@@ -9,6 +9,7 @@ from hardware_profiles.device import (
     UnknownDevice,
     device_names,
     is_device_file,
+    is_shipped,
     load_device,
 )
 from hardware_profiles.latency_table import LatencyTable, Predictions
@@ -31,6 +32,7 @@ __all__ = [
     "features",
     "flash_bytes",
     "is_device_file",
+    "is_shipped",
     "load_device",
     "peak_sram_bytes",
 ]

@@ -212,6 +212,12 @@ def device_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
+def is_shipped(name: str) -> bool:
+    """Whether a name is that of a shipped profile, or of this machine with a number of threads."""
+    threaded = _THREADED.fullmatch(name)
+    return (threaded[1] if threaded else name) in device_names()
+
+
 def is_device_file(text: str) -> bool:
     """Whether a device is given by its file rather than by its name."""
     return text.endswith((".yaml", ".yml")) or "/" in text or os.sep in text

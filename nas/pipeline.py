@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hardware_profiles import DeviceProfile, device_names, is_device_file, load_device
+from hardware_profiles import DeviceProfile, is_device_file, is_shipped, load_device
 from hardware_profiles.files import read_json, sha256_of, write_bytes, write_json, write_text
 from nas.checkpoints import load_checkpoint
 from nas.config import BadExperiment, DeviceSettings, Experiment, read_experiment
@@ -168,16 +168,15 @@ class Run:
     def described(self, device: str) -> DeviceProfile:
         """A device by name, the run's own ones first, or by its file.
 
-        Raises BadExperiment for a file whose device has the name of a shipped one, UnknownDevice and InvalidProfile.
+        Raises BadExperiment for a file that takes the name of a shipped device, UnknownDevice and InvalidProfile.
         """
-        if not is_device_file(device):
-            kept = self._kept_file(device)
-            return load_device(kept if kept.is_file() else device)
-        described = load_device(device)
-        if described.name in device_names():
-            raise BadExperiment(
-                f"{device}: the name {described.name!r} is that of a shipped device; give yours another name"
-            )
+        file = Path(device) if is_device_file(device) else self._kept_file(device)
+        if not is_device_file(device) and not file.is_file():
+            return load_device(device)
+        described = load_device(file)
+        taken = next(filter(is_shipped, (described.name, device)), None)
+        if taken:
+            raise BadExperiment(f"{file}: the name {taken!r} is that of a shipped device; give yours another name")
         return described
 
     def settings_of(self, device: str) -> DeviceSettings:

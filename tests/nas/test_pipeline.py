@@ -300,6 +300,14 @@ def test_a_run_keeps_the_device_files_it_was_given(
     assert Run.open(elsewhere / "moved").settings_of("w12.yaml") == DeviceSettings("w12.yaml", samples=7)
 
 
+def test_a_file_in_a_run_does_not_stand_for_a_shipped_device(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for shipped in ("stm32f746", "host-cpu-4-threads"):
+        planted = run.folder / "devices" / f"{shipped}.yaml"
+        planted.write_text(tiny.device_yaml("toy"))
+        assert main(["profile", str(run.folder), "--device", shipped]) == 2
+        assert f"{planted}: the name '{shipped}' is that of a shipped device" in capsys.readouterr().err
+
+
 def test_two_files_of_one_device_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     files = [tiny.write_device(tmp_path), tiny.write_device(tmp_path / "other")]
