@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from nas.data import BadData, Data, from_arrays, load_data
     from nas.evaluate import accuracy, recalibrate
+    from nas.evaluator import Evaluator
     from nas.export import ExportFailed, export
     from nas.front import Evaluation, ParetoFront
     from nas.guided_sampler import PredictorGuidedSampler
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from nas.remeasure import remeasure
     from nas.sampling import sample_spread
     from nas.scaling import fit_device, scale
-    from nas.search import Evaluator, SearchSettings, search
+    from nas.search import SearchSettings, search
     from nas.strategies import Pass, Step, Strategy
     from nas.supernet import Subnet, Supernet
     from nas.train import TrainingDiverged, train
@@ -115,7 +116,8 @@ _HOMES = {
     "nas.remeasure": ("remeasure",),
     "nas.sampling": ("sample_spread",),
     "nas.scaling": ("fit_device", "scale"),
-    "nas.search": ("Evaluator", "SearchSettings", "search"),
+    "nas.evaluator": ("Evaluator",),
+    "nas.search": ("SearchSettings", "search"),
     "nas.strategies": ("Pass", "Step", "Strategy"),
     "nas.supernet": ("Subnet", "Supernet"),
     "nas.train": ("TrainingDiverged", "train"),

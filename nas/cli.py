@@ -178,7 +178,14 @@ def _search(parsed: argparse.Namespace) -> None:
     from nas.pipeline import Run, with_search
 
     _quiet_optuna()
-    run = with_search(Run.open(parsed.run), parsed.limit, parsed.confidence, parsed.trials)
+    run = with_search(
+        Run.open(parsed.run),
+        parsed.limit,
+        confidence=parsed.confidence,
+        trials=parsed.trials,
+        sampler=parsed.sampler,
+        workers=parsed.workers,
+    )
     run.check()
     print(table(run.search(parsed.storage)))
 
@@ -717,7 +724,14 @@ def _parser() -> argparse.ArgumentParser:
     search = verb("search", _search, "Search the trained supernet of a run and measure the front.")
     search.add_argument("--confidence", type=float, help="0.95: latency limits hold for the upper end of the interval")
     search.add_argument("--trials", type=_positive, help="distinct architectures to evaluate")
-    search.add_argument("--storage", metavar="URL", help="any Optuna storage; SQLite in the run directory by default")
+    search.add_argument("--sampler", metavar="NAME", help="guided by default; or nsga2, nsga3, tpe, gp, random")
+    search.add_argument("--workers", type=_positive, metavar="N", help="processes of this machine that share it")
+    search.add_argument(
+        "--storage",
+        metavar="URL",
+        help="SQLite in the run directory by default; postgresql://..., grpc://HOST:PORT and others, which several "
+        "machines may share",
+    )
     pareto = verb("pareto", _pareto, "Query the front of a run, a front.json or a table, or compare two.")
     pareto.add_argument(
         "--against", type=Path, metavar="B", help="compare with the front of another run, file or table"

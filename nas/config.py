@@ -94,7 +94,7 @@ class SearchPlan(SearchSettings):
 
     @property
     def settings(self) -> SearchSettings:
-        return SearchSettings(self.trials, self.sampler, self.population)
+        return SearchSettings(self.trials, self.sampler, self.population, self.workers, self.asynchronous)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from hardware_profiles.patches import executed_macs
 from nas.costs import Figure, ProfiledDevice
 from nas.data import RESIZING, Data
 from nas.evaluate import accuracy, resolution_of
+from nas.evaluator import Evaluator
 from nas.front import Evaluation
 from nas.profile import measure
 from nas.quantize import Quantized
-from nas.search import Evaluator
 from nas.supernet import Supernet
 from nas.versions import versions
 from search_spaces import Architecture, Network

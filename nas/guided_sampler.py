@@ -29,6 +29,7 @@ MOST_OPTIONS = 32  # of a number; one with more values is searched on so many of
 SHARE = 10  # a generation is at least one of so many parts of the trials before it
 QUEUE_PATIENCE_S = 2.0  # for a trial that waits in the queue while none that runs is waited for
 CLAIM = "guided:claim"
+UNMEASURED = "unmeasured"  # user attribute: the values of a trial stand for nothing
 ENQUEUED, RETRIED = "fixed_params", "failed_trial"  # system attributes of Optuna
 
 CodesFunction = Callable[[np.ndarray], np.ndarray]
@@ -122,7 +123,8 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
 
     Works with 1 to 4 objectives of either direction; categorical, int and float parameters (a number with more than
     32 values is searched on 32 of them); constraints set by `Trial.set_constraint`; enqueued, pruned and failed
-    trials; any storage. Parameters that only some trials have are drawn at random, on their own.
+    trials; any storage. Parameters that only some trials have are drawn at random, on their own. A trial with the user
+    attribute `unmeasured` teaches nothing, but is not proposed again.
 
     **Nothing is proposed twice**: what any trial has had is not proposed again, be it pruned or failed (enqueue it
     again, or use Optuna's retry callbacks, to repeat it). When everything was proposed, the study stops and the trial
@@ -185,6 +187,16 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
         # what can be computed again at any time: parameters and proposals of one generation, or a queue of proposals
         self._space: tuple[object, dict[str, BaseDistribution]] = (None, {})
         self._proposed: tuple[object, np.ndarray] = (None, np.empty((0, 0)))
+
+    def generation_start(self, study: Study, number: int) -> int:
+        """The number of the first trial in the generation of a trial: its proposal rests on the trials before that.
+
+        The first number for a trial that was enqueued before there was any other.
+        """
+        trials = study.get_trials(deepcopy=False)
+        own = next(trial for trial in trials if trial.number == number)
+        ranked = any(t.number <= _root(own) and not _is_enqueued(t) for t in trials)
+        return self._place(trials, own)[0] if ranked else 0
 
     # Optuna's interface ------------------------------------------------------------------------------------
 
@@ -261,7 +273,9 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
                 if unfinished:
                     numbers = ", ".join(str(t.number) for t in unfinished)
                     log.warning("trial %d goes on without the results of trials %s", trial.number, numbers)
-                return _History(tuple(t for t in current if t.state.is_finished()), tuple(unfinished))
+                return _History(
+                    tuple(sorted((t for t in current if t.state.is_finished()), key=_root)), tuple(unfinished)
+                )
             time.sleep(self._poll_s)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -373,7 +387,8 @@ def results_of(
     trials: Sequence[FrozenTrial], grid: Grid, domain: Domain, directions: Sequence[StudyDirection]
 ) -> Results:
     """Of those trials that are complete; an infinite value counts as the worst (or best) finite one."""
-    whole = [(t, code) for t in trials if t.state == TrialState.COMPLETE and (code := grid.code(t.params)) is not None]
+    known = [t for t in trials if t.state == TrialState.COMPLETE and not t.user_attrs.get(UNMEASURED)]
+    whole = [(t, code) for t in known if (code := grid.code(t.params)) is not None]
     signs = np.array([_sign(direction) for direction in directions])
     costs = np.array([t.values for t, _ in whole], float).reshape(len(whole), len(signs)) * signs
     for column in costs.T:

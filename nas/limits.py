@@ -30,7 +30,7 @@ from nas.slot_program import RowCosts, program_of
 from search_spaces import Architecture
 
 if TYPE_CHECKING:
-    from nas.search import Costs
+    from nas.candidates import Costs
 
 RANDOM = 4_000  # architectures, of which the share that meets a limit is told
 RANDOM_LOWERED = 200  # where each has to be lowered

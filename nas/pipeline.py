@@ -14,19 +14,22 @@ import yaml
 
 from hardware_profiles import DeviceProfile, is_device_file, is_shipped, load_device
 from hardware_profiles.files import read_json, sha256_of, write_bytes, write_json, write_text
+from nas.candidates import Costs, devices_of
 from nas.checkpoints import load_checkpoint
 from nas.config import BadExperiment, DeviceSettings, Experiment, read_experiment
 from nas.costs import Item, ProfiledDevice, UnknownFigure, parse_objective
 from nas.data import Data, load_data
 from nas.distributed import is_first_process
+from nas.evaluator import Evaluator
 from nas.export import export, export_key
 from nas.front import Evaluation, ParetoFront
 from nas.limits import Reachable, reachable
 from nas.offline import profile_measured
 from nas.profile import check_predictor, profile
 from nas.remeasure import remeasure
-from nas.search import Costs, Evaluator, devices_of, search, storage_url, study_name
+from nas.search import search, study_name
 from nas.stages import stage
+from nas.study import storage_url
 from nas.supernet import Supernet
 from nas.train import check_training, load_weights, train
 from nas.trust import TrustReport, trust
@@ -151,7 +154,7 @@ class Run:
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        return Evaluator(self.supernet, self.data)
+        return Evaluator(self.supernet, self.data, results=self.folder / "accuracies.jsonl")
 
     # stages --------------------------------------------------------------------------------------------
 
@@ -370,15 +373,11 @@ class Run:
         return report
 
 
-def with_search(run: Run, limits: Sequence[str], confidence: float | None, trials: int | None) -> Run:
-    """The run with another search: limits, confidence or trials replaced where given."""
+def with_search(run: Run, limits: Sequence[str], **given: Any) -> Run:
+    """The run with another search: limits and other fields of its plan replaced where they are not None."""
     plan = run.experiment.search
-    changed = replace(
-        plan,
-        limits=tuple(limits) or plan.limits,
-        confidence=confidence if confidence is not None else plan.confidence,
-        trials=trials or plan.trials,
-    )
+    fields = {name: value for name, value in given.items() if value is not None}
+    changed = replace(plan, limits=tuple(limits) or plan.limits, **fields)
     return Run(run.folder, replace(run.experiment, search=changed))
 
 

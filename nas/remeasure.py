@@ -10,10 +10,10 @@ import numpy as np
 
 from hardware_profiles.onnx_writer import write_onnx
 from nas.costs import Figure, Infeasible, Item, ProfiledDevice
+from nas.evaluator import Evaluator
 from nas.front import Evaluation, ParetoFront, costs_of, dominated, nearest_message
 from nas.profile import measure
 from nas.progress import progress_bar
-from nas.search import Evaluator
 
 log = logging.getLogger(__name__)
 

@@ -11,25 +11,21 @@ import hashlib
 import json
 import logging
 import math
+import multiprocessing
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import torch
-from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
 
-from hardware_profiles.machine import int8_weight_limit
+from nas.candidates import Costs, devices_of
 from nas.costs import (
-    ALWAYS,
     WITH_INTERVAL,
     Figure,
     Figures,
@@ -39,86 +35,58 @@ from nas.costs import (
     Objective,
     ProfiledDevice,
     UnknownFigure,
-    cheap_figures,
-    check_devices,
     check_objectives,
 )
 from nas.data import Data
-from nas.evaluate import accuracy, calibration_images, recalibrate
-from nas.figure_table import FigureTable
+from nas.evaluator import Evaluator, Score
 from nas.front import Evaluation, ParetoFront, nearest_message
+from nas.guided_sampler import UNMEASURED, PredictorGuidedSampler, SpaceUsedUp
 from nas.limits import reachable
 from nas.progress import progress_bar
-from nas.quantize import Quantized, quantize
+from nas.samplers import GUIDED, LIBRARY, SAMPLERS, guided_sampler
 from nas.sampling import sample_spread
 from nas.strategies import nested_set
+from nas.study import Storage, fail_stale, is_of_one_machine, open_study, retry_failed, retry_running
 from nas.supernet import Supernet
-from search_spaces import PRECISIONS, Architecture, Network, SearchSpace
+from search_spaces import Architecture, Network, SearchSpace
 from search_spaces.space import Value
 
 log = logging.getLogger(__name__)
 
-WEIGHTED = ("conv2d", "linear")
+UNPRUNED = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
+SEEN = "images_seen"  # attribute of a trial that was not evaluated on the whole split
+PATIENCE_S, POLL_S = 600.0, 0.1  # for trials of other processes
 NESTED = 8  # architectures of the nested family that every search starts from, in each precision
-JOURNAL = "journal://"
-
-
-class _Nsga2(optuna.samplers.NSGAIISampler):
-    """NSGA-II with parents in the order of their trials, whether they were just selected or read back."""
-
-    def get_parent_population(self, study: Study, generation: int) -> list[FrozenTrial]:
-        return sorted(super().get_parent_population(study, generation), key=lambda trial: trial.number)
-
-
-SAMPLERS: Mapping[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
-    "nsga2": lambda seed, population: _Nsga2(seed=seed, population_size=population),
-    "tpe": lambda seed, population: optuna.samplers.TPESampler(seed=seed, n_startup_trials=population),
-    "random": lambda seed, population: optuna.samplers.RandomSampler(seed=seed),
-}
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How a search runs: distinct architectures to evaluate, sampler, and its population (or start-up trials)."""
+    """How a search runs.
+
+    Args:
+        trials: distinct architectures to evaluate.
+        sampler: `guided` (PredictorGuidedSampler) or one of Optuna's: `nsga2`, `nsga3`, `tpe`, `gp`, `random`.
+        population: of NSGA-II and NSGA-III; for the others, architectures spread over the space before any prediction.
+        workers: processes of this machine that share the search.
+        asynchronous: with `guided` and several workers, nobody waits for a generation to end; results then depend on
+            who is faster. Without it they are those of one worker.
+    """
 
     trials: int = 100
-    sampler: str = "nsga2"
+    sampler: str = GUIDED
     population: int = 24
+    workers: int = 1
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler = {self.sampler!r}; expected one of {', '.join(SAMPLERS)}")
         if self.trials < 2 or self.population < 2:
             raise ValueError(f"{self.trials} trials and a population of {self.population}; expected at least 2 of each")
-
-
-class Evaluator:
-    """Accuracy of architectures as they would be deployed: recalibrated and quantized.
-
-    `key` is a digest of all that an accuracy depends on besides the architecture: weights, data, calibration
-    and the integer arithmetic.
-    """
-
-    def __init__(self, supernet: Supernet, data: Data, *, calibration: int = 256) -> None:
-        self.supernet = supernet.eval()
-        self.data = data
-        self.weight_limit = int8_weight_limit()
-        self._calibration = calibration
-        self.supernet_sha256 = supernet.digest()
-        parts = (supernet.space.name, self.supernet_sha256, data.key, calibration, self.weight_limit)
-        self.key = hashlib.sha256(repr(parts).encode()).hexdigest()
-
-    def deploy(self, architecture: Architecture) -> Quantized:
-        """The subnet with its own norm statistics and ranges, folded and quantized."""
-        subnet = self.supernet.extract(architecture)
-        device = next(subnet.parameters()).device
-        images = [x.to(device) for x in calibration_images(self.data, subnet)]
-        some = torch.cat(images)[: self._calibration]
-        images = list(some.tensor_split(-(-len(some) // 128)))  # even: a norm takes no batch of one image
-        return quantize(recalibrate(subnet, images), images, self.weight_limit)
-
-    def accuracy(self, architecture: Architecture, split: str) -> float:
-        return accuracy(self.deploy(architecture).simulated, self.data, split)
+        if self.workers < 1:
+            raise ValueError(f"workers = {self.workers}; expected 1 or more")
+        if self.asynchronous and self.sampler != GUIDED:
+            raise ValueError(f"sampler {self.sampler} is always asynchronous; leave asynchronous out")
 
 
 def study_name(
@@ -140,60 +108,6 @@ def study_name(
         "sampler": [settings.sampler, settings.population, seed],
     }
     return "search-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def storage_url(folder: Path) -> str:
-    """SQLite in a run directory."""
-    return f"sqlite:///{folder / 'study.db'}"
-
-
-Storage = str | optuna.storages.BaseStorage | None
-
-
-@contextmanager
-def open_study(storage: Storage, name: str, objectives: Sequence[Objective]) -> Iterator[optuna.Study]:
-    """The study of this name in a storage, made where it does not exist; database connections are closed at the end.
-
-    Args:
-        storage: any database URL that Optuna takes, `journal://FILE` for its append-only file, a storage object,
-            or None for memory.
-
-    Raises ValueError for a storage that cannot be opened.
-    """
-    database = None
-    try:
-        if isinstance(storage, str) and storage.startswith(JOURNAL):
-            storage = optuna.storages.JournalStorage(JournalFileBackend(storage.removeprefix(JOURNAL)))
-        elif isinstance(storage, str):
-            storage = database = optuna.storages.RDBStorage(storage)
-            if database.engine.name == "sqlite":
-                # one fsync a suggested choice makes SQLite 20 times slower; a write-ahead log survives a killed process
-                event.listen(database.engine, "connect", _write_ahead)
-                database.engine.dispose()
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=[objective.direction for objective in objectives],
-            load_if_exists=True,
-        )
-    except (SQLAlchemyError, ImportError, OSError) as error:
-        raise ValueError(
-            f"cannot open the study storage: {str(error).splitlines()[0]}; "
-            f"expected a database URL such as sqlite:///study.db, or {JOURNAL}FILE"
-        ) from None
-    try:
-        yield study
-    finally:
-        if database is not None:
-            database.remove_session()
-            database.engine.dispose()
-
-
-def _write_ahead(connection: object, record: object) -> None:
-    cursor = connection.cursor()  # type: ignore[attr-defined]
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()
 
 
 def search(
@@ -240,194 +154,178 @@ def search(
         if item.name in WITH_INTERVAL and not named[str(item.device)].has_latency:
             raise UnknownFigure(f"{item.key}: the device is not profiled yet; use nas.profile(space, device)")
     evaluator = evaluator or Evaluator(supernet, data)
-    costs = Costs(supernet.space, objectives, limits, named)
-    return _Search(evaluator, costs, settings, seed).run(storage, limits)
-
-
-def devices_of(
-    items: Sequence[Item], devices: Mapping[str, ProfiledDevice] | Iterable[ProfiledDevice]
-) -> dict[str, ProfiledDevice]:
-    """The devices that objectives and limits name, by name: those that they carry, and those among `devices`.
-
-    Raises UnknownFigure for a figure that its device does not have, ValueError for two devices of one name.
-    """
-    known = {device.name: device for device in (devices.values() if isinstance(devices, Mapping) else devices)}
-    for item in items:
-        if item.profiled is not None:
-            held = known.setdefault(item.profiled.name, item.profiled)
-            if held.key != item.profiled.key:
-                raise ValueError(f"{item.key}: two different devices are called {item.device!r}; rename one profile")
-    check_devices(items, known)
-    named = {item.device for item in items}
-    return {name: device for name, device in known.items() if name in named}
-
-
-class Costs:
-    """What architectures cost without being run, and which of them the limits and the devices allow.
-
-    Args:
-        devices: those that objectives and limits name.
-
-    Raises Infeasible when the devices have no precision of the space in common.
-    """
-
-    def __init__(
-        self,
-        space: SearchSpace,
-        objectives: Sequence[Objective],
-        limits: Sequence[Limit],
-        devices: Mapping[str, ProfiledDevice],
-    ) -> None:
-        self.space, self.objectives, self.devices = space, tuple(objectives), dict(devices)
-        own = [limit for device in devices.values() for limit in device.memory_limits]
-        self.limits = tuple(dict.fromkeys([*limits, *own]))
-        items: list[Item] = [*self.objectives, *self.limits]
-        self.keys = tuple(dict.fromkeys([*(item.key for item in items), *ALWAYS]))
-        self.options = self._legal_options()
-        genes = [choice.name for choice in space.choices if choice.role == "precision"]
-        self.precisions = tuple(dict.fromkeys(str(o) for name in genes for o in self.options[name])) or ("",)
-
-    def _legal_options(self) -> dict[str, tuple[Value, ...]]:
-        """The options of each choice: precisions that every device has for all layers with weights, and more than one
-        patch only where every device can run patches."""
-        legal = {
-            name
-            for name in PRECISIONS
-            if all(name in d.profile.precisions.get(kind, ()) for d in self.devices.values() for kind in WEIGHTED)
-        }
-        whole = [name for name, device in self.devices.items() if not device.profile.patches]
-        options = {
-            choice.name: tuple(
-                o
-                for o in choice.options
-                if (choice.role != "precision" or o in legal) and (choice.role != "patches" or o == 1 or not whole)
-            )
-            for choice in self.space.choices
-        }
-        lacking = [name for name, left in options.items() if not left]
-        if lacking:
-            offered = self.space.choice(lacking[0]).options
-            if self.space.choice(lacking[0]).role == "patches":
-                raise Infeasible(
-                    f"no architecture is legal on {', '.join(whole)}, which runs no layers patch by patch: the space "
-                    f"offers {', '.join(map(str, offered))} patches a side; add 1 to space.patches"
-                )
-            raise Infeasible(
-                f"no architecture is legal on {', '.join(self.devices)}: "
-                f"together they run {', '.join(sorted(legal)) or 'nothing'}, "
-                f"the space offers {', '.join(map(str, offered))}; change space.precisions or the devices"
-            )
-        return options
-
-    def legalize(self, architecture: Architecture) -> Architecture:
-        """The architecture with each precision that is not legal replaced by the first that is."""
-        return self.space.build({name: self.legal_value(architecture, name) for name in self.options})
-
-    def legal_value(self, architecture: Architecture, name: str) -> Value:
-        value, options = architecture[name], self.options[name]
-        return value if value in options else options[0]
-
-    def figures(self, network: Network) -> dict[str, Figure]:
-        """All figures but accuracy; infinite on a device that cannot run the network."""
-        return cheap_figures(network, self.keys, self.devices)
-
-    def violations(self, network: Network, figures: Figures) -> dict[str, float]:
-        """How far each limit is exceeded; 0 or less when met. Figures that are not known yet are not judged.
-
-        The layers that a device cannot run count as `legal@DEVICE`, in place of its limits.
-        """
-        found = {}
-        for name, device in self.devices.items():
-            infinite = [k for k, f in figures.items() if k.partition("@")[2] == name and math.isinf(f.value)]
-            found[f"legal@{name}"] = float(max(len(device.profile.illegal_layers(network)), len(infinite)))
-        for limit in self.limits:
-            if limit.key in figures and not found.get(f"legal@{limit.device}"):
-                found[str(limit)] = limit.violation(figures[limit.key])
-        return found
-
-    @cached_property
-    def table(self) -> FigureTable:
-        return FigureTable(self.space, self.keys, self.devices)
-
-    def of_codes(self, codes: np.ndarray) -> dict[str, np.ndarray]:
-        """All figures but accuracy of n architectures (n, number of choices), by key, each (n,).
-
-        For a limit at a confidence, under its text, the end of the interval that it is compared with. Equal to
-        `figures` of each network; infinite on a device that cannot run it.
-        """
-        found = self.table.figures(codes)
-        ends = {str(limit): found[limit.key].judged_by(limit) for limit in self.limits if limit.confidence is not None}
-        return {key: estimates.value for key, estimates in found.items()} | ends
-
-    def allowed(self, codes: np.ndarray) -> np.ndarray:
-        """Which of n architectures (n, number of choices) all devices run and no limit refuses before they are run.
-
-        Architectures are only lowered where bounds leave that open. Limits on what a simulator says are not judged.
-        """
-        return self.table.violation(codes, self.limits, most=0.0) <= 0
-
-    def extremes(self) -> list[Architecture]:
-        """The smallest and the largest architecture in each legal precision."""
-        return [
-            self.space.with_precision(end, p)
-            for end in (self.space.smallest, self.space.largest)
-            for p in self.precisions
-        ]
+    if settings.workers > 1 and not isinstance(storage, str):
+        raise ValueError(
+            f"{settings.workers} workers share a study by its URL, such as sqlite:///study.db; got {storage!r}"
+        )
+    plan = _Plan(supernet.space, tuple(objectives), tuple(limits), named, settings, seed, storage)
+    found = _Search(plan, evaluator)
+    with plan.open(evaluator) as study:
+        if is_of_one_machine(storage):
+            retry_running(study)
+        found.sync(study)
+        if found.done:
+            log.info("going on after %d architectures", len(found.done))
+        done = min(len(found.done), settings.trials)
+        bar = progress_bar(total=settings.trials, initial=done, desc="search", unit="arch")
+        with bar, _workers(plan, evaluator):
+            found.work(study, bar)
+    return found.front()
 
 
 def evaluation_of(architecture: Architecture, network: Network, figures: Figures) -> Evaluation:
     return Evaluation(architecture.id, str(architecture), dict(figures), network.precisions)
 
 
-class _Search:
-    """One search: what was already evaluated, and what comes next.
+@dataclass(frozen=True)
+class _Plan:
+    """All that a process needs to take part in a search, besides the evaluator."""
 
-    The architecture of a step depends on the steps before it alone, and on no generator that lives on, so that a
-    search which was killed goes on as if nothing had happened.
+    space: SearchSpace
+    objectives: tuple[Objective, ...]
+    limits: tuple[Limit, ...]
+    devices: Mapping[str, ProfiledDevice]
+    settings: SearchSettings
+    seed: int
+    storage: Storage
+
+    @property
+    def costs(self) -> Costs:
+        return Costs(self.space, self.objectives, self.limits, self.devices)
+
+    def open(self, evaluator: Evaluator) -> AbstractContextManager[optuna.Study]:
+        name = study_name(evaluator, self.objectives, self.limits, self.devices, self.settings, self.seed)
+        return open_study(self.storage, name, self.objectives, shared=self.settings.workers > 1)
+
+
+@contextmanager
+def _workers(plan: _Plan, evaluator: Evaluator) -> Iterator[None]:
+    """The other processes of this machine, at work as long as the search goes on."""
+    count = plan.settings.workers
+    context = multiprocessing.get_context("spawn")
+    started = [context.Process(target=_work, args=(plan, evaluator, i), daemon=True) for i in range(1, count)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // count))
+    for process in started:
+        process.start()
+    try:
+        yield
+        for process in started:
+            process.join()
+            if process.exitcode:
+                log.warning("a worker ended with code %d; others did its share", process.exitcode)
+    finally:
+        torch.set_num_threads(threads)
+        for process in started:
+            process.kill()
+
+
+def _work(plan: _Plan, evaluator: Evaluator, worker: int) -> None:
+    """What one of the other processes does."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // plan.settings.workers))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with plan.open(evaluator) as study:
+        _Search(plan, evaluator, worker).work(study)
+
+
+class _Search:
+    """One process of a search: what is known already, and what comes next.
+
+    All that it knows is in the study, and no generator lives on, so that a search which was killed goes on as if
+    nothing had happened, and several processes can share one.
     """
 
-    def __init__(self, evaluator: Evaluator, costs: Costs, settings: SearchSettings, seed: int) -> None:
-        self.evaluator, self.costs, self.settings, self.seed = evaluator, costs, settings, seed
-        self.space: SearchSpace = costs.space
+    def __init__(self, plan: _Plan, evaluator: Evaluator, worker: int = 0) -> None:
+        self.costs, self.settings, self.seed = plan.costs, plan.settings, plan.seed
+        self.evaluator, self.space, self.worker = evaluator, plan.space, worker
         self.done: dict[Architecture, Evaluation] = {}
         self.feasible: dict[Architecture, bool] = {}
-        self.steps = 0  # trials that came to an end
-        self.duplicate: Architecture | None = None  # what the last step drew, when it was known already
-
-    def run(self, storage: Storage, limits: Sequence[Limit]) -> ParetoFront:
-        costs = self.costs
-        reached = reachable(costs, self.seed)
-        for each in reached.ranges:
+        self.whole: dict[Architecture, int] = {}  # feasible and evaluated on the whole split: numbers of their trials
+        self.read: set[int] = set()  # numbers of the trials that ended and are in the above
+        self.steps = 0  # how many that are
+        self.duplicate: Architecture | None = None  # what the last of them drew, when it was known already
+        self.used_up = False
+        reached = reachable(self.costs, self.seed)
+        for each in reached.ranges if worker == 0 else ():
             log.info("%s", each)
-        first = list(dict.fromkeys(self._first(reached.architecture)))
-        name = study_name(self.evaluator, costs.objectives, limits, costs.devices, self.settings, self.seed)
+        self.first = tuple(dict.fromkeys(self._first(reached.architecture)))
+
+    def work(self, study: optuna.Study, bar: Any = None) -> None:
+        """Evaluate architectures until the study has as many as asked, by this process and others."""
         trials = self.settings.trials
-        with open_study(storage, name, costs.objectives) as study:
-            waiting = self._recall(study)
-            with progress_bar(total=trials, initial=min(len(self.done), trials), desc="search", unit="arch") as bar:
-                while len(self.done) < trials:
-                    planned = next((a for a in first if a not in self.done), None)
-                    if planned is None and self.duplicate is not None:
-                        planned = self._unknown_relative(self.duplicate)
-                        if planned is None:
-                            log.info("the space is used up after %d architectures", len(self.done))
-                            break
-                    if planned is not None and not waiting:
-                        study.enqueue_trial(self._params(planned))
-                    waiting = False
-                    before = len(self.done)
-                    self._step(study)
-                    bar.update(len(self.done) - before)
-                    bar.set_postfix(self._shown(), refresh=False)
-        return self.front()
+        study.sampler = self._sampler()
+        while True:
+            self.sync(study)
+            if bar is not None:
+                bar.update(min(len(self.done), trials) - bar.n)
+                bar.set_postfix(self._shown(), refresh=False)
+            if len(self.done) >= trials or self.used_up:
+                return
+            held = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
+            waiting = sum(trial.state == TrialState.WAITING for trial in held)
+            if len(self.done) + len(held) - waiting >= trials:
+                if not self._waited(study):
+                    return
+                continue
+            if not waiting:
+                planned = self._first_left(held)
+                if planned is None and self.duplicate is not None:
+                    planned = self._unknown_relative(self.duplicate)
+                    if planned is None:
+                        break
+                if planned is not None:
+                    study.enqueue_trial(self._params(planned))
+            if self.settings.sampler != GUIDED:
+                study.sampler = self._sampler()
+            try:
+                study.optimize(self._run, n_trials=1)
+            except BaseException:  # what was interrupted is not lost to whoever goes on
+                retry_failed(study)
+                raise
+        log.info("the space is used up after %d architectures", len(self.done))
+
+    def _sampler(self) -> optuna.samplers.BaseSampler:
+        settings = self.settings
+        if settings.sampler == GUIDED:
+            return guided_sampler(
+                self.costs, seed=self.seed, startup=settings.population, asynchronous=settings.asynchronous
+            )
+        key = [self.seed, 10, self.steps, *([self.worker] if self.worker else [])]
+        return LIBRARY[settings.sampler](int(np.random.default_rng(key).integers(2**32)), settings.population)
+
+    def _waited(self, study: optuna.Study) -> bool:
+        """Wait for a trial of another process to end; False when none did for long."""
+        running = {t.number for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            time.sleep(POLL_S)
+            fail_stale(study)
+            now = {t.number for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+            if running - now:
+                return True
+        log.warning("trials %s of other processes did not end in %d s; going on without them", running, PATIENCE_S)
+        return False
+
+    def _first_left(self, held: Sequence[FrozenTrial]) -> Architecture | None:
+        """The next that is evaluated before the sampler chooses, and that nobody has begun."""
+        begun = [trial.system_attrs.get("fixed_params", trial.params) for trial in held]
+        left = (one for one in self.first if one not in self.done)
+        return next((one for one in left if self._params(one) not in begun), None)
 
     def _first(self, feasible: Architecture) -> Iterator[Architecture]:
-        """What is evaluated before the sampler chooses: the extremes, one within limits, nested ones and a spread."""
-        yield from self.costs.extremes()
-        yield feasible
+        """What is evaluated before the sampler chooses: the extremes, one within limits, nested ones and a spread.
+
+        For the guided sampler, which spreads its own and knows the limits, only those that are within them.
+        """
         nested = nested_set(self.space, NESTED, np.random.default_rng(self.seed))
-        for precision in self.costs.precisions:
-            yield from (self.space.with_precision(architecture, precision) for architecture in nested)
+        ends = [*self.costs.extremes(), feasible]
+        ends += [self.space.with_precision(one, precision) for precision in self.costs.precisions for one in nested]
+        if self.settings.sampler == GUIDED:
+            ends = [self.costs.legalize(one) for one in ends]
+            allowed = self.costs.allowed(self.space.encode(ends))
+            yield from (one for one, kept in zip(ends, allowed, strict=True) if kept)
+            return
+        yield from ends
         for architecture in sample_spread(self.space, self.settings.population, np.random.default_rng([self.seed, 5])):
             yield self.costs.legalize(architecture)
 
@@ -435,26 +333,27 @@ class _Search:
         options = self.costs.options.items()
         return {name: self.costs.legal_value(architecture, name) for name, legal in options if len(legal) > 1}
 
-    def _step(self, study: optuna.Study) -> None:
-        """Ask for a trial; evaluate it unless its architecture is known."""
-        fresh_seed = int(np.random.default_rng([self.seed, 10, self.steps]).integers(2**32))
-        study.sampler = SAMPLERS[self.settings.sampler](fresh_seed, self.settings.population)
-        trial = study.ask()
-        values = {
-            name: trial.suggest_categorical(name, legal) if len(legal) > 1 else legal[0]
-            for name, legal in self.costs.options.items()
-        }
+    def _run(self, trial: optuna.Trial) -> list[float]:
+        """Evaluate the architecture of a trial; prunes it where that is known, or where enough are evaluated."""
+        try:
+            values = {
+                name: trial.suggest_categorical(name, legal) if len(legal) > 1 else legal[0]
+                for name, legal in self.costs.options.items()
+            }
+        except SpaceUsedUp:
+            self.used_up = True
+            raise
         architecture = self.space.build(values)  # type: ignore[arg-type]
         trial.set_user_attr("architecture", str(architecture))
-        if architecture in self.done:
+        others = [t for t in trial.study.get_trials(deepcopy=False) if t.number != trial.number]
+        if architecture in self.done or any(_holds(other, architecture) for other in others):
             # the sampler only learns from distinct architectures; the next trial is a relative that is not known
             trial.set_user_attr("duplicate_of", architecture.id)
-            study.tell(trial, state=TrialState.PRUNED)
-            self.duplicate = architecture
-        else:
-            self._evaluate(study, trial, architecture)
-            self.duplicate = None
-        self.steps += 1
+            raise optuna.TrialPruned
+        # one is enough of those that several processes began with the last place free
+        if sum(t.number < trial.number and t.state in UNPRUNED for t in others) >= self.settings.trials:
+            raise optuna.TrialPruned
+        return self._evaluated(trial, architecture)
 
     def _unknown_relative(self, architecture: Architecture) -> Architecture | None:
         """The nearest architecture not evaluated yet, by changes of one choice; None when there is none left."""
@@ -471,46 +370,64 @@ class _Search:
                     queue.append(relative)
         return None
 
-    def _evaluate(self, study: optuna.Study, trial: optuna.Trial, architecture: Architecture) -> None:
+    def _evaluated(self, trial: optuna.Trial, architecture: Architecture) -> list[float]:
         network = self.space.lower(architecture)
         figures = self.costs.figures(network)
         violations = self.costs.violations(network, figures)
-        runs = max(violations.values(), default=0.0) <= 0
-        if "accuracy" in self.costs.keys and runs:
-            share = self.evaluator.accuracy(architecture, "val_search")
-            figures["accuracy"] = Figure.share(share, len(self.evaluator.data["val_search"]))
+        if "accuracy" in self.costs.keys and max(violations.values(), default=0.0) <= 0:
+            score = self.evaluator.score(architecture, "val_search", self._is_hopeless(trial, figures))
+            figures["accuracy"] = Figure.share(score.accuracy, score.seen)
             violations = self.costs.violations(network, figures)
+            if not score.is_whole:
+                trial.set_user_attr(SEEN, score.seen)
+        elif "accuracy" in self.costs.keys:
+            trial.set_user_attr(UNMEASURED, True)
         for name, violation in violations.items():
             trial.set_constraint(name, violation)
         trial.set_user_attr("figures", {key: figure.to_dict() for key, figure in figures.items()})
         # What breaks a limit is not worth running. Optuna wants a value all the same: an accuracy of 0, which ranks
         # nothing, since constrained samplers compare such trials by their violations alone, and which is not kept.
         known = {"accuracy": 0.0} | {key: figure.value for key, figure in figures.items()}
-        study.tell(trial, [known[objective.key] for objective in self.costs.objectives])
-        self._remember(architecture, figures, max(violations.values(), default=0.0) <= 0)
+        return [known[objective.key] for objective in self.costs.objectives]
 
-    def _remember(self, architecture: Architecture, figures: Figures, feasible: bool) -> None:
-        self.done[architecture] = evaluation_of(architecture, self.space.lower(architecture), figures)
-        self.feasible[architecture] = feasible
+    def _is_hopeless(self, trial: optuna.Trial, figures: Figures) -> Callable[[Score], bool]:
+        """Whether a score so far leaves no way to meet the limits, or not to be dominated by what was evaluated.
 
-    def _recall(self, study: optuna.Study) -> bool:
-        """Take over what an earlier run of the same search did; returns whether its next trial waits in the study."""
-        waiting = False
+        With generations, only what came before the trial's own counts, so that any number of processes agree.
+        """
+        before = trial.number
+        if isinstance(trial.study.sampler, PredictorGuidedSampler) and not self.settings.asynchronous:
+            before = trial.study.sampler.generation_start(trial.study, trial.number)
+        objectives = self.costs.objectives
+        others = [o for o in objectives if o.key != "accuracy"]
+        bars = [limit.value for limit in self.costs.limits if limit.key == "accuracy" and limit.operator == ">="]
+        if len(others) < len(objectives):
+            known = {o.key: figures[o.key].value for o in others}
+            bars += [
+                self.done[one]["accuracy"]
+                for one, number in self.whole.items()
+                if number < before and all(o.cost(self.done[one][o.key]) <= o.cost(known[o.key]) for o in others)
+            ]
+        bar = max(bars, default=-math.inf)
+        return lambda score: score.at_most < bar
+
+    def sync(self, study: optuna.Study) -> None:
+        """Take over the trials that ended since, of this process and of others."""
         for trial in study.get_trials(deepcopy=False):
-            if trial.state == TrialState.WAITING:
-                waiting = True
-            elif trial.state == TrialState.RUNNING:  # of a process that was killed
-                study.tell(trial.number, state=TrialState.FAIL)
-            elif trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
-                architecture = self.space.parse(trial.user_attrs["architecture"])
-                self.steps += 1
-                self.duplicate = architecture if trial.state == TrialState.PRUNED else None
-                if trial.state == TrialState.COMPLETE:
-                    figures = {key: Figure(**value) for key, value in trial.user_attrs["figures"].items()}
-                    self._remember(architecture, figures, max(trial.constraints.values(), default=0.0) <= 0)
-        if self.done:
-            log.info("going on after %d architectures", len(self.done))
-        return waiting
+            ended = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+            if trial.number in self.read or not ended or "architecture" not in trial.user_attrs:
+                continue
+            self.read.add(trial.number)
+            self.steps += 1
+            architecture = self.space.parse(trial.user_attrs["architecture"])
+            is_duplicate = "duplicate_of" in trial.user_attrs and architecture not in self.first
+            self.duplicate = architecture if is_duplicate else None
+            if trial.state == TrialState.COMPLETE:
+                figures = {key: Figure(**value) for key, value in trial.user_attrs["figures"].items()}
+                self.done[architecture] = evaluation_of(architecture, self.space.lower(architecture), figures)
+                self.feasible[architecture] = max(trial.constraints.values(), default=0.0) <= 0
+                if self.feasible[architecture] and SEEN not in trial.user_attrs:
+                    self.whole[architecture] = trial.number
 
     def _shown(self) -> dict[str, str]:
         kept = [e for a, e in self.done.items() if self.feasible[a]]
@@ -520,7 +437,7 @@ class _Search:
         return shown
 
     def front(self) -> ParetoFront:
-        kept = [evaluation for a, evaluation in self.done.items() if self.feasible[a]]
+        kept = [self.done[architecture] for architecture in self.whole]
         if not kept:
             raise Infeasible(nearest_message(list(self.done.values()), self.costs.limits))
         return ParetoFront.of(
@@ -530,3 +447,8 @@ class _Search:
             space=self.space.name,
             supernet_sha256=self.evaluator.supernet_sha256,
         )
+
+
+def _holds(trial: FrozenTrial, architecture: Architecture) -> bool:
+    """Whether another process evaluates an architecture."""
+    return trial.state == TrialState.RUNNING and trial.user_attrs.get("architecture") == str(architecture)

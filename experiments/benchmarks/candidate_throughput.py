@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.benchmarks.common import about, finish, out_option, recipe_space
 from hardware_profiles import load_device
+from nas.candidates import Costs
 from nas.costs import ProfiledDevice, at_most, maximize, minimize
-from nas.search import Costs
 
 CASES = (("quickstart", "adreno540"), ("quickstart", "stm32h743"), ("cifar10", "stm32f746"))
 

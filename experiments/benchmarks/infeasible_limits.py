@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.benchmarks.common import about, finish, out_option, recipe_space
 from hardware_profiles import device_names, load_device
+from nas.candidates import Costs
 from nas.costs import Infeasible, Limit, ProfiledDevice, at_most, maximize
 from nas.limits import reachable
-from nas.search import Costs
 from search_spaces import SearchSpace
 
 RECIPES = ("quickstart", "cifar10", "digits_transformer")

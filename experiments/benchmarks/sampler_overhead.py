@@ -23,7 +23,7 @@ from common import about, finish, out_option
 from optuna.distributions import CategoricalDistribution
 
 from nas import PredictorGuidedSampler, minimize
-from nas.search import open_study
+from nas.study import open_study
 
 CHOICES, OPTIONS = 20, 4
 SEED = 0

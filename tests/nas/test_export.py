@@ -18,9 +18,9 @@ from hardware_profiles import load_device
 from hardware_profiles.host_cpu import NoisyMachine
 from hardware_profiles.onnx_writer import INTEGER_OPERATORS
 from nas.costs import Figure, ProfiledDevice
+from nas.evaluator import Evaluator
 from nas.export import ExportFailed, export_key
 from nas.front import Evaluation
-from nas.search import Evaluator
 from nas.supernet import Subnet
 from search_spaces import Architecture, InvalidArchitecture
 from tests.nas import tiny

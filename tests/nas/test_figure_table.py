@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hardware_profiles import load_device
+from nas.candidates import Costs
 from nas.costs import ProfiledDevice, at_least, at_most, maximize
-from nas.search import Costs
 from search_spaces import FAMILIES, CompactTransformer, MobileNet, SearchSpace
 from tests.nas import tiny
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nas.candidates import Costs
 from nas.costs import Infeasible, Limit, ProfiledDevice, maximize
 from nas.limits import Reachable, reachable
-from nas.search import Costs
 from search_spaces import MobileNet, SearchSpace
 from tests.nas import tiny
 

@@ -180,7 +180,7 @@ def test_what_changed_is_done_again_and_nothing_else(run: Run, tmp_path: Path, c
 
 def test_a_search_with_other_limits_keeps_the_recipe(run: Run) -> None:
     macs = run.front.points[-1]["macs"]
-    limited = with_search(run, [f"macs<={macs - 1}", "latency_ms@toy<=5"], 0.95, 12)
+    limited = with_search(run, [f"macs<={macs - 1}", "latency_ms@toy<=5"], confidence=0.95, trials=12)
     front = limited.search()
     assert all(point["macs"] < macs for point in front.points)
     assert [limit.confidence for limit in front.limits][:2] == [None, 0.95]
@@ -257,7 +257,7 @@ def test_a_command_is_run_by_profile_alone(
     device = joined.devices["board"]
     assert device.predictor is not None and device.predictor.report()["within_10_percent"] > 0.9
     assert device.predictor.provenance["runtime"] == "its own" and device.predictor.provenance["cpu"] == "a board"
-    with_search(joined, ["latency_ms@board<=100"], None, None).search()  # by predictions
+    with_search(joined, ["latency_ms@board<=100"]).search()  # by predictions
     assert joined.check_predictors() == {}
     assert (tmp_path / "runs.txt").read_text().splitlines() == visits
     assert main(["profile", str(run.folder), "--device", str(file), "--samples", "10"]) == 0

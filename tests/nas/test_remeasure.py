@@ -17,8 +17,8 @@ import nas
 from hardware_profiles import load_device
 from hardware_profiles.measurement import Measurement
 from nas.costs import Figure, Infeasible, ProfiledDevice, at_most, maximize, minimize
+from nas.evaluator import Evaluator
 from nas.front import Evaluation, ParetoFront
-from nas.search import Evaluator
 from search_spaces import Architecture
 from tests.nas import tiny
 
@@ -141,7 +141,7 @@ def test_without_a_live_device_only_accuracy_is_new(found: ParetoFront) -> None:
     assert {split for _, split in fake.asked} == {"val_front"}
     for point in front.points:
         architecture: Architecture = space.parse(point.architecture)
-        assert point.figures["accuracy"] == Figure.share(tiny.formula(architecture, "val_front"), 500)
+        assert point.figures["accuracy"] == Figure.share(tiny.formula(architecture, "val_front"), 10_000)
         assert point.figures[KEY].origin == "predicted"
 
 

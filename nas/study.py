@@ -1,0 +1,144 @@
+"""Where a study is kept: in memory, in a file of this machine, or on a server that several machines share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
+
+from nas.costs import Objective
+
+JOURNAL, PROXY = "journal://", "grpc://"
+BEAT_S, GRACE_S = 2, 15  # seconds between heartbeats, and without one until a process counts as dead
+MOST_RETRIES = 3  # of a trial whose processes were killed
+
+
+def storage_url(folder: Path) -> str:
+    """SQLite in a run directory."""
+    return f"sqlite:///{folder / 'study.db'}"
+
+
+Storage = str | optuna.storages.BaseStorage | None
+
+
+def is_of_one_machine(storage: Storage) -> bool:
+    """Whether nobody on another machine can be at work in a storage: memory or a file."""
+    return not isinstance(storage, str) or storage.startswith(("sqlite:", JOURNAL))
+
+
+@contextmanager
+def open_study(
+    storage: Storage, name: str, objectives: Sequence[Objective], *, shared: bool = False
+) -> Iterator[optuna.Study]:
+    """The study of this name in a storage, made where it does not exist; connections are closed at the end.
+
+    Args:
+        storage: any database URL that Optuna takes, `journal://FILE` for its append-only file, `grpc://HOST:PORT` for
+            a proxy of Optuna, a storage object, or None for memory.
+        shared: several processes work in it: those that run a trial in a database send a heartbeat, and a trial that
+            is without one for `GRACE_S` is taken up by another.
+
+    Raises ValueError for a storage that cannot be opened.
+    """
+    opened: optuna.storages.BaseStorage | None = None
+    try:
+        if isinstance(storage, str):
+            storage = opened = _opened(storage, shared or not is_of_one_machine(storage))
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=[objective.direction for objective in objectives],
+            load_if_exists=True,
+        )
+    except (SQLAlchemyError, ImportError, OSError, optuna.exceptions.OptunaError) as error:
+        raise ValueError(
+            f"cannot open the study storage: {str(error).splitlines()[0]}; expected a database URL such as "
+            f"sqlite:///study.db or postgresql://USER@HOST/DATABASE, {JOURNAL}FILE or {PROXY}HOST:PORT"
+        ) from None
+    try:
+        yield study
+    finally:
+        if isinstance(opened, optuna.storages.RDBStorage):
+            opened.remove_session()
+            opened.engine.dispose()
+        elif isinstance(opened, optuna.storages.GrpcStorageProxy):
+            opened.close()
+
+
+def retry_running(study: optuna.Study) -> None:
+    """Give the trials that run to whoever asks next: those of processes that were killed, where no other works."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+    retry_failed(study)
+
+
+def retry_failed(study: optuna.Study) -> None:
+    """Give the trials that failed, and that no trial repeats, to whoever asks next."""
+    trials = study.get_trials()
+    repeated = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+    for trial in trials:
+        if trial.state == TrialState.FAIL and trial.number not in repeated:
+            _retry()(study, trial)
+
+
+def fail_stale(study: optuna.Study) -> None:
+    """Likewise for those whose processes send no heartbeat any longer, where the storage knows heartbeats."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+
+
+def _retry() -> Callable[[optuna.Study, FrozenTrial], None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MOST_RETRIES)
+
+
+def _opened(url: str, shared: bool) -> optuna.storages.BaseStorage:
+    if url.startswith(JOURNAL):
+        return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix(JOURNAL)))
+    if url.startswith(PROXY):
+        host, _, port = url.removeprefix(PROXY).partition(":")
+        return _proxy(host, int(port) if port.isdecimal() else 13000)
+    beats: dict[str, Any] = {}
+    if shared:
+        beats = {"heartbeat_interval": BEAT_S, "grace_period": GRACE_S, "heartbeat_stale_trial_callback": _retry()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        database = optuna.storages.RDBStorage(url, **beats)
+    if database.engine.name == "sqlite":
+        event.listen(database.engine, "connect", _write_ahead)
+        if shared:
+            event.listen(database.engine, "begin", _begin_immediate)
+        database.engine.dispose()
+    return database
+
+
+def _proxy(host: str, port: int) -> optuna.storages.BaseStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        proxy = optuna.storages.GrpcStorageProxy(host=host, port=port)
+    proxy.wait_server_ready(timeout=10)
+    return proxy
+
+
+def _write_ahead(connection: Any, record: object) -> None:
+    """One fsync a suggested choice makes SQLite 20 times slower; a write-ahead log survives a killed process."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute(f"PRAGMA busy_timeout={1000 * GRACE_S}")
+    cursor.close()
+
+
+def _begin_immediate(connection: Any) -> None:
+    """Without it two processes may read that a trial waits before either writes that it has taken it."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
