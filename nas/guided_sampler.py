@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages import fail_stale_trials
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from nas.study import fail_stale
 from predictors.proposals import Domain, Results, keys, propose
 from predictors.surrogate import ordered_choices
 
@@ -277,9 +276,7 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
                     tuple(sorted((t for t in current if t.state.is_finished()), key=_root)), tuple(unfinished)
                 )
             time.sleep(self._poll_s)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                fail_stale_trials(study)
+            fail_stale(study)
 
     def _in_place(self, study: Study, trial: FrozenTrial, grid: Grid, domain: Domain) -> np.ndarray:
         """The proposal at the trial's place in its generation; another one where a trial enqueued since has it."""

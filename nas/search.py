@@ -346,7 +346,7 @@ class _Search:
         architecture = self.space.build(values)  # type: ignore[arg-type]
         trial.set_user_attr("architecture", str(architecture))
         others = [t for t in trial.study.get_trials(deepcopy=False) if t.number != trial.number]
-        if architecture in self.done or any(_holds(other, architecture) for other in others):
+        if any(_holds(other, architecture) for other in others):
             # the sampler only learns from distinct architectures; the next trial is a relative that is not known
             trial.set_user_attr("duplicate_of", architecture.id)
             raise optuna.TrialPruned
@@ -450,5 +450,7 @@ class _Search:
 
 
 def _holds(trial: FrozenTrial, architecture: Architecture) -> bool:
-    """Whether another process evaluates an architecture."""
-    return trial.state == TrialState.RUNNING and trial.user_attrs.get("architecture") == str(architecture)
+    """Whether a trial, perhaps of another process, evaluates an architecture or has."""
+    return trial.state in (TrialState.RUNNING, TrialState.COMPLETE) and trial.user_attrs.get("architecture") == str(
+        architecture
+    )

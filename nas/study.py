@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import DateTime, bindparam, event, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from nas.costs import Objective
@@ -91,9 +92,27 @@ def retry_failed(study: optuna.Study) -> None:
 
 def fail_stale(study: optuna.Study) -> None:
     """Likewise for those whose processes send no heartbeat any longer, where the storage knows heartbeats."""
+    storage = study._storage
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
+    if not isinstance(storage, optuna.storages.RDBStorage) or storage.get_heartbeat_interval() is None:
+        return
+    for trial_id in _never_beaten(storage, study._study_id):
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another process was faster
+            if storage.set_trial_state_values(trial_id, state=TrialState.FAIL):
+                _retry()(study, storage.get_trial(trial_id))
+
+
+def _never_beaten(storage: optuna.storages.RDBStorage, study_id: int) -> list[int]:
+    """Trials whose processes were killed before the first heartbeat, which Optuna takes to be running for ever."""
+    then = datetime.now() - timedelta(seconds=2 * GRACE_S)  # Optuna's clock has no zone
+    query = text(
+        "SELECT t.trial_id FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id "
+        "WHERE t.study_id = :study AND t.state = 'RUNNING' AND h.trial_id IS NULL AND t.datetime_start < :then"
+    ).bindparams(bindparam("then", type_=DateTime))
+    with storage.engine.begin() as connection:
+        return [int(row[0]) for row in connection.execute(query, {"study": study_id, "then": then})]
 
 
 def _retry() -> Callable[[optuna.Study, FrozenTrial], None]:
