@@ -46,7 +46,7 @@ from nas.progress import progress_bar
 from nas.samplers import GUIDED, LIBRARY, SAMPLERS, guided_sampler
 from nas.sampling import sample_spread
 from nas.strategies import nested_set
-from nas.study import Storage, fail_stale, is_of_one_machine, open_study, retry_failed, retry_running
+from nas.study import Opened, Storage, fail_stale, is_of_one_machine, open_study, retry_failed, retry_running
 from nas.supernet import Supernet
 from search_spaces import Architecture, Network, SearchSpace
 from search_spaces.space import Value
@@ -54,8 +54,10 @@ from search_spaces.space import Value
 log = logging.getLogger(__name__)
 
 UNPRUNED = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
+BEGUN = "begun"  # attribute of a study that several processes share, once its queue is filled
 SEEN = "images_seen"  # attribute of a trial that was not evaluated on the whole split
 PATIENCE_S, POLL_S = 600.0, 0.1  # for trials of other processes
+BEGIN_PATIENCE_S = 60.0  # for the process that made a study to fill its queue
 NESTED = 8  # architectures of the nested family that every search starts from, in each precision
 
 
@@ -160,10 +162,13 @@ def search(
         )
     plan = _Plan(supernet.space, tuple(objectives), tuple(limits), named, settings, seed, storage)
     found = _Search(plan, evaluator)
-    with plan.open(evaluator) as study:
+    with plan.open(evaluator) as opened:
+        study = opened.study
         if is_of_one_machine(storage):
             retry_running(study)
         found.sync(study)
+        if plan.is_shared:
+            found.begin(study, opened.is_new or is_of_one_machine(storage))
         if found.done:
             log.info("going on after %d architectures", len(found.done))
         done = min(len(found.done), settings.trials)
@@ -193,9 +198,14 @@ class _Plan:
     def costs(self) -> Costs:
         return Costs(self.space, self.objectives, self.limits, self.devices)
 
-    def open(self, evaluator: Evaluator) -> AbstractContextManager[optuna.Study]:
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes may take part."""
+        return self.settings.workers > 1 or not is_of_one_machine(self.storage)
+
+    def open(self, evaluator: Evaluator) -> AbstractContextManager[Opened]:
         name = study_name(evaluator, self.objectives, self.limits, self.devices, self.settings, self.seed)
-        return open_study(self.storage, name, self.objectives, shared=self.settings.workers > 1)
+        return open_study(self.storage, name, self.objectives, shared=self.is_shared)
 
 
 @contextmanager
@@ -224,8 +234,8 @@ def _work(plan: _Plan, evaluator: Evaluator, worker: int) -> None:
     """What one of the other processes does."""
     torch.set_num_threads(max(1, torch.get_num_threads() // plan.settings.workers))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with plan.open(evaluator) as study:
-        _Search(plan, evaluator, worker).work(study)
+    with plan.open(evaluator) as opened:
+        _Search(plan, evaluator, worker).work(opened.study)
 
 
 class _Search:
@@ -249,6 +259,20 @@ class _Search:
         for each in reached.ranges if worker == 0 else ():
             log.info("%s", each)
         self.first = tuple(dict.fromkeys(self._first(reached.architecture)))
+
+    def begin(self, study: optuna.Study, is_ours: bool) -> None:
+        """Put all that is evaluated before the sampler chooses in the queue, or wait for the process that does so.
+
+        Those that several processes put there one by one would come between the sampler's own, at random.
+        """
+        until = time.monotonic() + (0.0 if is_ours else BEGIN_PATIENCE_S)
+        while BEGUN not in study.user_attrs:
+            if time.monotonic() >= until:
+                states = (TrialState.WAITING, TrialState.RUNNING)
+                while (one := self._first_left(study.get_trials(deepcopy=False, states=states))) is not None:
+                    study.enqueue_trial(self._params(one))
+                study.set_user_attr(BEGUN, True)
+            time.sleep(POLL_S)
 
     def work(self, study: optuna.Study, bar: Any = None) -> None:
         """Evaluate architectures until the study has as many as asked, by this process and others."""

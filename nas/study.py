@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def storage_url(folder: Path) -> str:
 Storage = str | optuna.storages.BaseStorage | None
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A study, and whether this process made it."""
+
+    study: optuna.Study
+    is_new: bool
+
+
 def is_of_one_machine(storage: Storage) -> bool:
     """Whether nobody on another machine can be at work in a storage: memory or a file."""
     return not isinstance(storage, str) or storage.startswith(("sqlite:", JOURNAL))
@@ -38,7 +47,7 @@ def is_of_one_machine(storage: Storage) -> bool:
 @contextmanager
 def open_study(
     storage: Storage, name: str, objectives: Sequence[Objective], *, shared: bool = False
-) -> Iterator[optuna.Study]:
+) -> Iterator[Opened]:
     """The study of this name in a storage, made where it does not exist; connections are closed at the end.
 
     Args:
@@ -49,29 +58,33 @@ def open_study(
 
     Raises ValueError for a storage that cannot be opened.
     """
-    opened: optuna.storages.BaseStorage | None = None
+    held: optuna.storages.BaseStorage | None = None
     try:
         if isinstance(storage, str):
-            storage = opened = _opened(storage, shared or not is_of_one_machine(storage))
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=[objective.direction for objective in objectives],
-            load_if_exists=True,
-        )
+            storage = held = _storage(storage, shared or not is_of_one_machine(storage))
+        opened = _made(storage, name, objectives)
     except (SQLAlchemyError, ImportError, OSError, optuna.exceptions.OptunaError) as error:
         raise ValueError(
             f"cannot open the study storage: {str(error).splitlines()[0]}; expected a database URL such as "
             f"sqlite:///study.db or postgresql://USER@HOST/DATABASE, {JOURNAL}FILE or {PROXY}HOST:PORT"
         ) from None
     try:
-        yield study
+        yield opened
     finally:
-        if isinstance(opened, optuna.storages.RDBStorage):
-            opened.remove_session()
-            opened.engine.dispose()
-        elif isinstance(opened, optuna.storages.GrpcStorageProxy):
-            opened.close()
+        if isinstance(held, optuna.storages.RDBStorage):
+            held.remove_session()
+            held.engine.dispose()
+        elif isinstance(held, optuna.storages.GrpcStorageProxy):
+            held.close()
+
+
+def _made(storage: optuna.storages.BaseStorage | None, name: str, objectives: Sequence[Objective]) -> Opened:
+    directions = [objective.direction for objective in objectives]
+    try:
+        return Opened(optuna.create_study(storage=storage, study_name=name, directions=directions), True)
+    except optuna.exceptions.DuplicatedStudyError:
+        assert storage is not None
+        return Opened(optuna.load_study(storage=storage, study_name=name), False)
 
 
 def retry_running(study: optuna.Study) -> None:
@@ -121,7 +134,7 @@ def _retry() -> Callable[[optuna.Study, FrozenTrial], None]:
         return optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MOST_RETRIES)
 
 
-def _opened(url: str, shared: bool) -> optuna.storages.BaseStorage:
+def _storage(url: str, shared: bool) -> optuna.storages.BaseStorage:
     if url.startswith(JOURNAL):
         return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix(JOURNAL)))
     if url.startswith(PROXY):

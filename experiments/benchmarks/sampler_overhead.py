@@ -45,7 +45,8 @@ def costs_of(codes: np.ndarray) -> tuple[float, float]:
 def timed(sampler: optuna.samplers.BaseSampler, storage: str | None, trials: int) -> dict[str, float]:
     """Times of a study of so many trials."""
     walls = []
-    with open_study(storage, "overhead", [minimize("macs"), minimize("params")]) as study:
+    with open_study(storage, "overhead", [minimize("macs"), minimize("params")]) as opened:
+        study = opened.study
         study.sampler = sampler
         began = time.process_time()
         for _ in range(trials):
