@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nas.remeasure import remeasure
     from nas.sampling import sample_spread
     from nas.scaling import fit_device, scale
-    from nas.search import SearchSettings, search
+    from nas.search import SearchSettings, nested_front, search
     from nas.strategies import Pass, Step, Strategy
     from nas.supernet import Subnet, Supernet
     from nas.train import TrainingDiverged, train
@@ -77,6 +77,7 @@ __all__ = [
     "load_experiment",
     "maximize",
     "minimize",
+    "nested_front",
     "parse_limit",
     "parse_objective",
     "profile",
@@ -117,7 +118,7 @@ _HOMES = {
     "nas.sampling": ("sample_spread",),
     "nas.scaling": ("fit_device", "scale"),
     "nas.evaluator": ("Evaluator",),
-    "nas.search": ("SearchSettings", "search"),
+    "nas.search": ("SearchSettings", "nested_front", "search"),
     "nas.strategies": ("Pass", "Step", "Strategy"),
     "nas.supernet": ("Subnet", "Supernet"),
     "nas.train": ("TrainingDiverged", "train"),

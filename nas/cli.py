@@ -187,7 +187,18 @@ def _search(parsed: argparse.Namespace) -> None:
         workers=parsed.workers,
     )
     run.check()
-    print(table(run.search(parsed.storage)))
+    print(table(run.search(parsed.storage, nested=parsed.nested)))
+    if not parsed.nested:
+        print(f"\nThe nested family alone, without a search, by val_search and predictions:\n{_nested(run)}")
+
+
+def _nested(run: Run) -> str:
+    from nas.costs import Infeasible
+
+    try:
+        return table(run.nested())
+    except Infeasible as error:
+        return str(error)
 
 
 def _pareto(parsed: argparse.Namespace) -> None:
@@ -724,6 +735,7 @@ def _parser() -> argparse.ArgumentParser:
     search = verb("search", _search, "Search the trained supernet of a run and measure the front.")
     search.add_argument("--confidence", type=float, help="0.95: latency limits hold for the upper end of the interval")
     search.add_argument("--trials", type=_positive, help="distinct architectures to evaluate")
+    search.add_argument("--nested", action="store_true", help="no search: the front of the nested family, at once")
     search.add_argument("--sampler", metavar="NAME", help="guided by default; or nsga2, nsga3, tpe, gp, random")
     search.add_argument("--workers", type=_positive, metavar="N", help="processes of this machine that share it")
     search.add_argument(

@@ -29,10 +29,12 @@ REQUIRED = {  # package -> the module it brings
 OPTIONAL = {  # the same of the extras
     "kornia": "kornia",
     "ethos-u-vela": "ethosu.vela",
+    "psycopg": "psycopg",
 }
 NEEDED_FOR = {
     "kornia": "random erasing, mixup and cutmix; pip install 'fitnest[augment]'",
     "ethos-u-vela": "latencies of an Ethos-U; pip install 'fitnest[npu]'",
+    "psycopg": "a search on PostgreSQL; pip install 'fitnest[postgresql]'",
 }
 
 

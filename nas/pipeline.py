@@ -27,7 +27,7 @@ from nas.limits import Reachable, reachable
 from nas.offline import profile_measured
 from nas.profile import check_predictor, profile
 from nas.remeasure import remeasure
-from nas.search import search, study_name
+from nas.search import nested_front, search, study_name
 from nas.stages import stage
 from nas.study import storage_url
 from nas.supernet import Supernet
@@ -276,32 +276,52 @@ class Run:
         profiled = [self.device(settings) for settings in self.experiment.devices]
         return {device.name: device for device in profiled}
 
-    def search(self, storage: str | None = None) -> ParetoFront:
-        """Search, then re-measure the front; both kept in front.json, which is reused while nothing changed."""
+    def search(self, storage: str | None = None, *, nested: bool = False) -> ParetoFront:
+        """Search, then re-measure the front; both kept in front.json, which is reused while nothing changed.
+
+        With `nested` the nested family takes the place of a search.
+        """
         plan = self.experiment.search
         objectives, limits = plan.parsed_objectives, plan.parsed_limits
         key = study_name(self.evaluator, objectives, limits, self.devices, plan.settings, self.experiment.seed)
-        key += f"-{plan.trials}"
+        key += "-nested" if nested else f"-{plan.trials}"
         path, about = self.folder / "front.json", self.folder / "front.for.json"
         if path.exists() and about.exists() and read_json(about) == {"search": key, "sha256": sha256_of(path)}:
             return ParetoFront.load(path)
         with stage(self.folder, "search"):
-            found = search(
-                self.supernet,
-                self.data,
-                objectives,
-                limits,
-                devices=self.devices,
-                seed=self.experiment.seed,
-                storage=storage or storage_url(self.folder),
-                settings=plan.settings,
-                evaluator=self.evaluator,
-            )
+            found = self.nested() if nested else self._searched(storage)
         with stage(self.folder, "measure"):
             front = remeasure(found, self.evaluator, self.devices, patience_s=self.experiment.patience_s)
         front.save(path)
         write_json(about, {"search": key, "sha256": sha256_of(path)})
         return front
+
+    def nested(self) -> ParetoFront:
+        """The front of the nested family, by val_search and predictions; after a search nothing is evaluated for it."""
+        plan = self.experiment.search
+        return nested_front(
+            self.supernet,
+            self.data,
+            plan.parsed_objectives,
+            plan.parsed_limits,
+            devices=self.devices,
+            seed=self.experiment.seed,
+            evaluator=self.evaluator,
+        )
+
+    def _searched(self, storage: str | None) -> ParetoFront:
+        plan = self.experiment.search
+        return search(
+            self.supernet,
+            self.data,
+            plan.parsed_objectives,
+            plan.parsed_limits,
+            devices=self.devices,
+            seed=self.experiment.seed,
+            storage=storage or storage_url(self.folder),
+            settings=plan.settings,
+            evaluator=self.evaluator,
+        )
 
     def check_predictors(self) -> dict[str, Any]:
         """Held-out checks of the predictors of measured devices, kept beside them."""

@@ -39,16 +39,26 @@ class _Nsga3(optuna.samplers.NSGAIIISampler):
         return sorted(super().get_parent_population(study, generation), key=_first_number)
 
 
+def _nsga3(seed: int, population: int) -> optuna.samplers.BaseSampler:
+    return _experimental(lambda: _Nsga3(seed=seed, population_size=population))
+
+
 def _gp(seed: int, population: int) -> optuna.samplers.BaseSampler:
+    return _experimental(
+        lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=population, deterministic_objective=True)
+    )
+
+
+def _experimental(make: Callable[[], optuna.samplers.BaseSampler]) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=population, deterministic_objective=True)
+        return make()
 
 
 # Optuna's, by (seed, population); they may draw what is known already
 LIBRARY: Mapping[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
     "nsga2": lambda seed, population: _Nsga2(seed=seed, population_size=population),
-    "nsga3": lambda seed, population: _Nsga3(seed=seed, population_size=population),
+    "nsga3": _nsga3,
     "tpe": lambda seed, population: optuna.samplers.TPESampler(seed=seed, n_startup_trials=population),
     "gp": _gp,
     "random": lambda seed, population: optuna.samplers.RandomSampler(seed=seed),

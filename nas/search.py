@@ -39,7 +39,7 @@ from nas.costs import (
 )
 from nas.data import Data
 from nas.evaluator import Evaluator, Score
-from nas.front import Evaluation, ParetoFront, nearest_message
+from nas.front import Evaluation, ParetoFront, meets, nearest_message
 from nas.guided_sampler import UNMEASURED, PredictorGuidedSampler, SpaceUsedUp
 from nas.limits import reachable
 from nas.progress import progress_bar
@@ -180,6 +180,57 @@ def search(
 
 def evaluation_of(architecture: Architecture, network: Network, figures: Figures) -> Evaluation:
     return Evaluation(architecture.id, str(architecture), dict(figures), network.precisions)
+
+
+def nested_front(
+    supernet: Supernet,
+    data: Data,
+    objectives: Sequence[Objective],
+    limits: Sequence[Limit] = (),
+    *,
+    devices: Mapping[str, ProfiledDevice] | Iterable[ProfiledDevice] = (),
+    seed: int = 0,
+    evaluator: Evaluator | None = None,
+) -> ParetoFront:
+    """The front of the nested family alone, from the smallest to the largest: no search (SortedNet, arXiv 2309.00255).
+
+    Arguments and errors as those of `search`, which evaluates the same architectures first.
+    """
+    check_objectives(objectives)
+    costs = Costs(supernet.space, objectives, limits, devices_of([*objectives, *limits], devices))
+    evaluator = evaluator or Evaluator(supernet, data)
+    evaluations = []
+    for architecture in _allowed(costs, [*costs.extremes(), *_nested(costs, seed)]):
+        network = costs.space.lower(architecture)
+        figures = costs.figures(network)
+        if "accuracy" in costs.keys:
+            score = evaluator.score(architecture, "val_search")
+            figures["accuracy"] = Figure.share(score.accuracy, score.seen)
+        evaluations.append(evaluation_of(architecture, network, figures))
+    kept = [one for one in evaluations if meets(one, costs.limits)]
+    if not evaluations:
+        raise Infeasible(f"nested family: none of it meets {', '.join(map(str, costs.limits))}; search for others")
+    if not kept:
+        raise Infeasible("nested family: " + nearest_message(evaluations, costs.limits))
+    return _front_of(kept, costs, evaluator)
+
+
+def _nested(costs: Costs, seed: int) -> list[Architecture]:
+    """The nested family in each precision."""
+    nested = nested_set(costs.space, NESTED, np.random.default_rng(seed))
+    return [costs.space.with_precision(one, precision) for precision in costs.precisions for one in nested]
+
+
+def _allowed(costs: Costs, architectures: Sequence[Architecture]) -> list[Architecture]:
+    """Those that no device and no limit refuses before they are run, made legal."""
+    legal = list(dict.fromkeys(map(costs.legalize, architectures)))
+    return [one for one, kept in zip(legal, costs.allowed(costs.space.encode(legal)), strict=True) if kept]
+
+
+def _front_of(kept: Sequence[Evaluation], costs: Costs, evaluator: Evaluator) -> ParetoFront:
+    return ParetoFront.of(
+        kept, costs.objectives, limits=costs.limits, space=costs.space.name, supernet_sha256=evaluator.supernet_sha256
+    )
 
 
 @dataclass(frozen=True)
@@ -341,13 +392,9 @@ class _Search:
 
         For the guided sampler, which spreads its own and knows the limits, only those that are within them.
         """
-        nested = nested_set(self.space, NESTED, np.random.default_rng(self.seed))
-        ends = [*self.costs.extremes(), feasible]
-        ends += [self.space.with_precision(one, precision) for precision in self.costs.precisions for one in nested]
+        ends = [*self.costs.extremes(), feasible, *_nested(self.costs, self.seed)]
         if self.settings.sampler == GUIDED:
-            ends = [self.costs.legalize(one) for one in ends]
-            allowed = self.costs.allowed(self.space.encode(ends))
-            yield from (one for one, kept in zip(ends, allowed, strict=True) if kept)
+            yield from _allowed(self.costs, ends)
             return
         yield from ends
         for architecture in sample_spread(self.space, self.settings.population, np.random.default_rng([self.seed, 5])):
@@ -464,13 +511,7 @@ class _Search:
         kept = [self.done[architecture] for architecture in self.whole]
         if not kept:
             raise Infeasible(nearest_message(list(self.done.values()), self.costs.limits))
-        return ParetoFront.of(
-            kept,
-            self.costs.objectives,
-            limits=self.costs.limits,
-            space=self.space.name,
-            supernet_sha256=self.evaluator.supernet_sha256,
-        )
+        return _front_of(kept, self.costs, self.evaluator)
 
 
 def _holds(trial: FrozenTrial, architecture: Architecture) -> bool:

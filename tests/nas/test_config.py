@@ -73,7 +73,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"search": {"objectives": ["macs", "macs"]}}, "macs is given twice"),
     ({"search": {"limits": ["macs<=5KiB"]}}, "macs is in macs, not 'KiB'"),
     ({"search": {"confidence": 0.9}}, "only 0.95 can be asked for"),
-    ({"search": {"sampler": "nsga3"}}, "expected one of nsga2, tpe, random"),
+    ({"search": {"sampler": "cma"}}, "expected one of guided, nsga2, nsga3, tpe, gp, random"),
     ({"search": {"trials": 1}}, "expected at least 2"),
     ({"export": {"best": "precision"}}, "unknown figure 'precision'"),
     ({"export": {"limits": ["int8_macs_share>=50"]}}, "is a fraction from 0 to 1"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import nas
 from hardware_profiles import load_device
 from nas.candidates import devices_of
 from nas.costs import Infeasible, ProfiledDevice, UnknownFigure, at_least, at_most, maximize, minimize
-from nas.evaluator import Evaluator
+from nas.evaluator import Evaluator, Score
 from nas.search import study_name
 from nas.study import storage_url
 from nas.supernet import Supernet
@@ -586,3 +586,54 @@ def test_accuracy_is_that_of_the_network_that_would_be_exported() -> None:
         assert evaluator.accuracy(architecture, "val_front") == pytest.approx(
             correct / len(split), abs=1.5 / len(split)
         )
+
+
+def test_the_nested_family_is_a_front_without_a_search(toy: ProfiledDevice) -> None:
+    space, wanted = tiny.space(), [maximize("accuracy"), minimize("latency_ms", toy)]
+    evaluator = tiny.FakeEvaluator(space)
+    net: Any = _Net(space)
+    front = nas.nested_front(net, None, wanted, evaluator=evaluator)  # type: ignore[arg-type]
+    asked = [a for a, _ in evaluator.asked]
+    assert {space.smallest, space.largest} <= set(asked) and len(asked) == len(set(asked)) < 30
+    assert {p.architecture for p in (*front.points, *front.others)} == {str(a) for a in asked}
+    searched = tiny.FakeEvaluator(space)
+    run(searched, wanted, trials=len(asked) + 5)
+    assert set(asked) <= {a for a, _ in searched.asked}  # a search evaluates them first
+    bound = space.lower(asked[3]).macs
+    within = nas.nested_front(net, None, wanted, [at_most("macs", bound)], evaluator=evaluator)  # type: ignore[arg-type]
+    assert within.points and all(point["macs"] <= bound for point in (*within.points, *within.others))
+    with pytest.raises(Infeasible, match="nested family"):
+        nas.nested_front(net, None, wanted, [at_most("macs", 10)], evaluator=evaluator)  # type: ignore[arg-type]
+    with pytest.raises(Infeasible, match="nested family"):
+        nas.nested_front(net, None, wanted, [at_least("accuracy", 0.999)], evaluator=evaluator)  # type: ignore[arg-type]
+
+
+def test_what_is_dominated_for_sure_is_not_evaluated_to_the_end(toy: ProfiledDevice) -> None:
+    """Each stage is judged by what was evaluated before, and the front is that of whole evaluations."""
+    evaluator = Staged(tiny.space())
+    front = run(evaluator, [maximize("accuracy"), minimize("latency_ms", toy)], trials=60)
+    whole = {str(a): evaluator.seen[a] for a, _ in evaluator.asked if evaluator.seen[a] == 10_000}
+    assert 0 < len(whole) < 60
+    assert {p.architecture for p in (*front.points, *front.others)} == set(whole)
+    ends = {(p["accuracy"], p["latency_ms@toy"]) for p in front.points}
+    for architecture, _ in evaluator.asked:  # what was stopped is dominated indeed
+        latency = toy.figure(evaluator.space.lower(architecture), "latency_ms").value
+        share = tiny.formula(architecture, "val_search")
+        assert str(architecture) in whole or any(a >= share and ms <= latency for a, ms in ends)
+
+
+class Staged(tiny.FakeEvaluator):
+    """As right on the first images as on all of them."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        super().__init__(space)
+        self.seen: dict[Architecture, int] = {}
+
+    def score(self, architecture: Architecture, split: str, is_enough: Callable[[Score], bool]) -> Score:
+        share = self.accuracy(architecture, split)
+        for seen in (1_250, 2_500, 5_000, 10_000):
+            self.seen[architecture] = seen
+            score = Score(round(seen * share), seen, 10_000)
+            if is_enough(score):
+                break
+        return score

