@@ -34,11 +34,15 @@ def test_what_is_required_and_what_is_optional_is_as_declared() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
     def names(requirements: list[str]) -> set[str]:
-        return {re.split("[<>=]", one)[0] for one in requirements}
+        return {re.split(r"[<>=\[]", one)[0] for one in requirements}
 
     extras = project["optional-dependencies"]
     assert set(module.REQUIRED) == names(project["dependencies"])
-    assert set(module.OPTIONAL) == set(module.NEEDED_FOR) == names(extras["augment"] + extras["npu"])
+    assert (
+        set(module.OPTIONAL)
+        == set(module.NEEDED_FOR)
+        == names([*extras["augment"], *extras["npu"], *extras["postgresql"]])
+    )
 
 
 def call(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:

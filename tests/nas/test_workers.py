@@ -90,7 +90,7 @@ class Slow(Evaluator):
     """Takes long enough to be killed in the middle."""
 
     def score(self, architecture: Architecture, *others: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(1.0)
         return super().score(architecture, *others)
 
 
@@ -108,8 +108,8 @@ def test_what_killed_processes_had_begun_is_taken_up_by_others(postgresql: str) 
     workers = [context.Process(target=_search, args=(url,)) for _ in range(4)]
     for worker in workers:
         worker.start()
-    while not begun(url, 12):
-        time.sleep(0.2)
+    while not all_at_work(url, len(workers)):
+        time.sleep(0.05)
     for worker in workers[:2]:
         os.kill(worker.pid, signal.SIGKILL)  # type: ignore[arg-type]
     for worker in workers:
@@ -135,8 +135,10 @@ def database(server: str, name: str) -> str:
     return f"{before.rpartition('/')[0]}/{name}?{query}"
 
 
-def begun(url: str, trials: int) -> bool:
+def all_at_work(url: str, workers: int) -> bool:
+    """Whether so many architectures are being evaluated."""
     try:
-        return len(evaluated(url)) >= trials
-    except (KeyError, ValueError, optuna.exceptions.OptunaError):
+        running = [t for t in trials_of(url) if t.state == TrialState.RUNNING and "architecture" in t.user_attrs]
+    except (KeyError, ValueError, optuna.exceptions.OptunaError):  # no study yet
         return False
+    return len(running) == workers
