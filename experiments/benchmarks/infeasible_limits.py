@@ -78,20 +78,30 @@ def tried(space: SearchSpace, device: ProfiledDevice) -> dict[str, Any]:
     return {"runs": True, "figures": figures, "most_seconds": max(times), "most_wall_seconds": max(walls)}
 
 
-def small_space() -> SearchSpace:
-    """The quickstart's, with few enough choices to lower every architecture; three layers are fp32 or int8."""
+def small_space(device: ProfiledDevice) -> SearchSpace:
+    """The quickstart's, with few enough choices to lower every architecture; three layers are fp32 or int8.
+
+    The other layers are int8, or fp32 for a device that has no int8.
+    """
+    fixed = slice(-1, None) if "int8" in device.profile.precisions["conv2d"] else slice(0, 1)
     space = recipe_space("quickstart", depths=[1, 2], width_multipliers=[0.5, 1.0], channels=1)
     precisions = ("stem.precision", "stage1.block0.project.precision", "classifier.precision")
     widths = ("stage1.width", "stage3.width", "head.width")
     free = (*precisions, *widths, "stage2.depth", "stage1.block0.kernel", "stage2.block1.expansion")
-    return space.restricted({c.name: c.options[-1:] for c in space.choices if c.name not in free})
+    return space.restricted(
+        {
+            c.name: c.options[fixed if c.role == "precision" else slice(-1, None)]
+            for c in space.choices
+            if c.name not in free
+        }
+    )
 
 
 def enumerated(device: ProfiledDevice, seed: int) -> dict[str, Any]:
     """Random single limits and pairs on the small space, against all of its architectures."""
     import numpy as np
 
-    space = small_space()
+    space = small_space(device)
     limits = limits_of(device)
     costs = Costs(space, [maximize("accuracy")], limits, {device.name: device})
     able = list(dict.fromkeys(map(costs.legalize, space.all())))
