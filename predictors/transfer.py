@@ -460,29 +460,35 @@ def _spread(
 # intervals -----------------------------------------------------------------------------------------------
 
 
-def _pretended(known: _Known, chosen: np.ndarray, log_measured: np.ndarray, groups: Sequence[str]) -> list[np.ndarray]:
-    """With the first device of each group in the place of the new one: |error| / spread of what was measured on it."""
+def _pretended(
+    known: _Known, chosen: np.ndarray, log_measured: np.ndarray, groups: Sequence[str]
+) -> list[list[np.ndarray]]:
+    """With each device in the place of the new one: |error| / spread of what was measured on it, by groups."""
     if len(set(groups)) < FEWEST_DEVICES:
         return []
     rest = np.setdiff1d(np.arange(len(known.devices)), chosen)
-    ratios = []
-    for group in dict.fromkeys(groups):
-        s = groups.index(group)
+    ratios: dict[str, list[np.ndarray]] = {}
+    for s, group in enumerate(groups):
         usable = chosen[np.isfinite(log_measured[chosen, s])]
         asked = rest[np.isfinite(log_measured[rest, s])]
         if len(usable) < FEWEST_SAMPLES or not len(asked):
             continue
         others = _Known(known.devices[:, [other != group for other in groups]], known.features)
         average = _fit(others, usable, log_measured[usable, s])
-        ratios.append(np.abs(log_measured[asked, s] - average.log_ms(others)[asked]) / average.spread)
-    return ratios if len(ratios) >= FEWEST_DEVICES else []
+        ratio = np.abs(log_measured[asked, s] - average.log_ms(others)[asked]) / average.spread
+        ratios.setdefault(group, []).append(ratio)
+    return list(ratios.values()) if len(ratios) >= FEWEST_DEVICES else []
 
 
-def _half_width(average: _Average, ratios: Sequence[np.ndarray], log_ms: np.ndarray) -> float:
+def _half_width(average: _Average, ratios: Sequence[Sequence[np.ndarray]], log_ms: np.ndarray) -> float:
     """Half the 90 % interval of a logarithm."""
-    if ratios:  # every known device counts alike, whatever the number of its measurements
-        pooled = np.concatenate(ratios)
-        weight = np.concatenate([np.full(len(ratio), 1 / len(ratio)) for ratio in ratios])
+    if ratios:  # every group counts alike, and every device in it, whatever the number of measurements
+        each = [ratio for group in ratios for ratio in group]
+        pooled = np.concatenate(each)
+        sizes = [len(group) for group in ratios for _ in group]
+        weight = np.concatenate(
+            [np.full(len(ratio), 1 / (size * len(ratio))) for ratio, size in zip(each, sizes, strict=True)]
+        )
         order = np.argsort(pooled)
         place = int(np.searchsorted(np.cumsum(weight[order]), COVERAGE * len(ratios)))
         return float(pooled[order][min(place, len(pooled) - 1)]) * average.spread

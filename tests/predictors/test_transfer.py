@@ -115,6 +115,26 @@ def test_devices_of_one_machine_do_not_vouch_for_each_other(rng: np.random.Gener
     assert apart["interval"][1] > 2 * together["interval"][1]
 
 
+def test_every_device_of_a_machine_counts_and_all_machines_alike(rng: np.random.Generator) -> None:
+    """Errors on some devices of one machine of five are large: they are a tenth, then a fifth of all errors."""
+    known, measured = devices(rng, 6, noise=0.0)
+    twins = np.column_stack([known[:, :5], known[:, :1] * 2])  # the first machine has two devices
+    chosen = np.arange(0, 80, 8)
+    rest = np.setdiff1d(np.arange(81), chosen)
+
+    def width(rough: list[int], share: float) -> float:
+        of_known = twins.copy()
+        picked = rng.choice(rest, round(share * len(rest)), replace=False)
+        of_known[np.ix_(picked, rough)] *= 100.0
+        predictor = TransferredPredictor()
+        predictor.fit(twins, chosen, measured[chosen, 5], groups=list("abcdea"), measured_ms=of_known)
+        return float(np.log1p(predictor.report()["interval"][1]))
+
+    smooth, one, both = width([], 0.0), width([5], 0.9), width([0, 5], 0.9)
+    assert smooth < one < 3 * smooth  # 0.9 / 2 / 5 of the errors are of a hundred times: less than a tenth
+    assert both > 10 * one  # now it is more
+
+
 def test_tables_say_what_the_predictor_says(rng: np.random.Generator) -> None:
     known, measured = devices(rng, 6)
     tables = CodeTables.fit(CODES, np.log(known[:, :5]))
