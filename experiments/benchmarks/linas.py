@@ -1,4 +1,4 @@
-"""LINAS (arXiv 2112.10878, 2312.13301), as its authors' code does it, for `tabular_search.py` to compare with.
+"""LINAS (arXiv 2205.10358, 2312.13301), as its authors' code does it, for `tabular_search.py` to compare with.
 
     measure 50 random architectures
     repeat: for each objective keep the better of a ridge regression and a support vector machine (5-fold grid search)
@@ -70,7 +70,9 @@ def one_hot(codes: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def nsga2(costs_of: Function, counts: np.ndarray, rng: np.random.Generator, banned: Set[bytes]) -> np.ndarray:
     """The last population (at most 50, d) after 20,000 candidates, none of them among `banned`."""
-    codes = new(rng.integers(counts, size=(4 * POPULATION, len(counts))), banned)[:POPULATION]
+    codes = np.empty((0, len(counts)), np.int64)
+    while not len(codes):  # few random ones are new in a space that is nearly used up
+        codes = new(rng.integers(counts, size=(4 * POPULATION, len(counts))), banned)[:POPULATION]
     costs = costs_of(codes)
     for _ in range(PREDICTED // POPULATION - 1):
         rank, crowding = ranks(costs), np.zeros(len(costs))
