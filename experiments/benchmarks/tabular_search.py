@@ -31,6 +31,7 @@ import fnmatch
 import json
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -280,6 +281,8 @@ def read_table(asked: argparse.Namespace) -> tuple[Table, dict[str, Any]]:
     if missing := [name for name in extra if name not in frame]:
         raise BadInput(f"no column {missing[0]!r}; columns are {', '.join(map(str, frame.columns))}")
     frame = frame.dropna(subset=[*choices, *(n for n, _ in [*objectives, *reports]), *extra]).reset_index(drop=True)
+    if frame.empty:
+        raise BadInput(f"no row of {asked.table} has all of {', '.join([*choices, *(n for n, _ in reports)])}")
     given = dict(parsed_reference(text) for text in asked.reference)
     unknown = set(given) - {name for name, _ in [*objectives, *reports]}
     if unknown:
@@ -301,6 +304,8 @@ def read_table(asked: argparse.Namespace) -> tuple[Table, dict[str, Any]]:
         *(np.array([c.sign * c.reference for c in cs]) for cs in (searched_by, reported)),
         frame[asked.canonical].to_numpy() if asked.canonical else np.arange(len(frame)),
     )
+    if not (table.reported < table.reported_reference).all(axis=1).any():
+        raise BadInput(f"nothing in the table is better than the reference, {'; '.join(map(told, reported))}")
     described = {
         "table": asked.table.name,
         "architectures": len(frame),
@@ -318,7 +323,7 @@ def told(column: Column) -> str:
 def read_csv(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path)
-    except (OSError, ValueError) as error:  # pandas' errors of reading are ValueErrors
+    except (OSError, ValueError, EOFError, zlib.error) as error:  # pandas' errors of reading are ValueErrors
         raise BadInput(f"{path} cannot be read as CSV ({error})") from None
 
 

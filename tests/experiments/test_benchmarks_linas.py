@@ -30,7 +30,9 @@ class Measured:
 
     def __call__(self, codes: np.ndarray) -> np.ndarray:
         self.batches.append(codes.copy())
-        return np.stack([1.0 + codes.sum(axis=1), 40.0 - (codes * np.arange(1, codes.shape[1] + 1)).sum(axis=1)], axis=1)
+        return np.stack(
+            [1.0 + codes.sum(axis=1), 40.0 - (codes * np.arange(1, codes.shape[1] + 1)).sum(axis=1)], axis=1
+        )
 
     @property
     def rows(self) -> list[bytes]:
@@ -172,7 +174,7 @@ def test_crossover_spreads_children_as_in_the_paper_of_it(module: ModuleType, rn
 
 
 def test_mutation_moves_two_of_a_hundred_by_little(module: ModuleType, rng: np.random.Generator) -> None:
-    """Deb and Goyal (1996): in the middle of a wide range P(step > t) = (1 - t)^21 of the range, up as often as down."""
+    """Deb and Goyal (1996): in the middle of a wide range P(step > t) = (1 - t)^21 of the range, both ways."""
     x = np.full((20_000, 20), 50.0)
     out = module.mutated(x, np.zeros(20), np.full(20, 100.0), rng)
     moved = out[out != x] - 50
@@ -204,9 +206,7 @@ def test_ranks_are_those_of_peeling_fronts_off(module: ModuleType, rng: np.rando
     costs = rng.integers(5, size=(40, 2)).astype(float)
     left, level, expected = set(range(40)), 0, np.zeros(40, int)
     while left:
-        front = {
-            i for i in left if not any((costs[j] <= costs[i]).all() and (costs[j] < costs[i]).any() for j in left)
-        }
+        front = {i for i in left if not any((costs[j] <= costs[i]).all() and (costs[j] < costs[i]).any() for j in left)}
         expected[list(front)] = level
         left, level = left - front, level + 1
     np.testing.assert_array_equal(module.ranks(costs), expected)
