@@ -47,7 +47,8 @@ class Score:
             return self.accuracy
         n = self.seen * (self.images - 1) / (self.images - self.seen)
         p, z2 = self.accuracy, SURE**2
-        return min(1.0, (p + z2 / (2 * n) + SURE * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n))
+        end = (p + z2 / (2 * n) + SURE * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+        return min(1.0, max(p, end))  # rounding puts the end of a share of 1 just below it
 
 
 class Accuracies:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from hardware_profiles.machine import int8_weight_limit
 from nas.evaluate import accuracy
 from nas.evaluator import Accuracies, Evaluator, Score, stages
 from tests.nas import tiny
@@ -21,6 +23,17 @@ def test_a_score_on_all_images_is_the_accuracy_of_what_is_deployed() -> None:
     assert whole.is_whole and whole.at_most == whole.accuracy
     assert whole.accuracy == evaluator.accuracy(ARCHITECTURE, "val_front")
     assert whole.accuracy == accuracy(evaluator.deploy(ARCHITECTURE).simulated, tiny.data(), "val_front")
+
+
+def test_stages_are_counted_together() -> None:
+    data, asked = tiny.data(3000), []
+    evaluator = Evaluator(tiny.supernet(), data)
+    whole = evaluator.score(ARCHITECTURE, "val_search", lambda score: bool(asked.append(score)))  # type: ignore[func-returns-value]
+    subnet = evaluator.deploy(ARCHITECTURE).simulated
+    with torch.no_grad():
+        right = [bool(hit) for x, y in data.batches("val_search", 8) for hit in subnet(x).argmax(1) == y]
+    assert [score.correct for score in asked] == [sum(right[: score.seen]) for score in asked] and len(asked) > 2
+    assert whole == asked[-1] and whole.accuracy == accuracy(subnet, data, "val_search") == sum(right) / len(right)
 
 
 def test_stages_end_with_all_images_and_begin_with_enough() -> None:
@@ -48,9 +61,12 @@ def test_an_evaluation_stops_where_it_is_told_and_goes_on_from_there(tmp_path: P
     # what is kept of all images tells what it was after each stage: a search finds the same with and without it
     asked.clear()
     assert again.score(ARCHITECTURE, "val_search", after_two) == stopped
+    assert again.score(ARCHITECTURE, "val_search") == whole
 
 
-def test_what_is_kept_is_of_weights_data_and_architecture(tmp_path: Path) -> None:
+def test_what_is_kept_is_of_weights_data_machine_and_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "accuracies.jsonl"
     Evaluator(tiny.supernet(), tiny.data(), results=path).accuracy(ARCHITECTURE, "val_search")
     for other in (
@@ -58,6 +74,10 @@ def test_what_is_kept_is_of_weights_data_and_architecture(tmp_path: Path) -> Non
         Evaluator(tiny.supernet(), tiny.data(120), results=path),
     ):
         assert other._results.get(ARCHITECTURE, "val_search") == ()
+    with monkeypatch.context() as other_machine:
+        other_machine.setattr("nas.evaluator.int8_weight_limit", lambda: 64 if int8_weight_limit() != 64 else 127)
+        other = Evaluator(tiny.supernet(), tiny.data(), results=path)
+    assert other._results.get(ARCHITECTURE, "val_search") == ()
     held = Evaluator(tiny.supernet(), tiny.data(), results=path)._results
     assert held.get(ARCHITECTURE, "val_search") != () == held.get(ARCHITECTURE, "val_front")
     assert held.get(tiny.space().smallest, "val_search") == ()
@@ -76,6 +96,8 @@ def test_lines_that_were_cut_off_or_are_foreign_are_passed_over(tmp_path: Path) 
     assert reader.get(tiny.space().smallest, "val_search") == (1,)
     with path.open("a") as file:
         file.write(f': "{ARCHITECTURE.id}", "split": "val_front", "correct": [9]}}\n')
+    writer.put(ARCHITECTURE, "val_search", (3,))  # of a process that stopped earlier and was slower
+    assert reader.get(ARCHITECTURE, "val_search") == (3, 5)
     assert reader.get(ARCHITECTURE, "val_front") == (9,)
 
 
@@ -92,3 +114,17 @@ def test_accuracy_of_all_images_is_seldom_beyond_what_a_part_leaves() -> None:
                 narrow += score.at_most < share + 0.2
     assert beyond < 9000 * 0.004  # three standard errors, one side
     assert narrow > 9000 * 0.95
+
+
+@pytest.mark.parametrize(
+    ("correct", "seen", "images"), [(0, 64, 512), (40, 64, 65), (450, 500, 10_000), (128, 128, 256)]
+)
+def test_what_a_part_leaves_is_where_it_would_be_three_standard_errors_away(
+    correct: int, seen: int, images: int
+) -> None:
+    """Wilson's interval ends at a share whose own standard error, without replacement, is a third of the distance."""
+    score = Score(correct, seen, images)
+    share, found = correct / seen, score.at_most
+    assert share <= found <= 1
+    squared_error = found * (1 - found) / seen * (images - seen) / (images - 1)
+    assert (found - share) ** 2 == pytest.approx(9 * squared_error, rel=1e-9)
