@@ -61,21 +61,20 @@ def _kept(costs: np.ndarray, order: np.ndarray) -> Iterator[int]:
 def _kept_within(costs: np.ndarray, order: np.ndarray, noise: np.ndarray) -> list[int]:
     kept: list[int] = []
     for i in order.tolist():
-        if not any(_beats(costs[k], costs[i], noise, or_equals=True) for k in kept):
-            kept = [k for k in kept if not _beats(costs[i], costs[k], noise, or_equals=False)]
+        if not any(_no_worse(costs[k], costs[i], noise) for k in kept):  # so what i is no worse than, it beats
+            kept = [k for k in kept if not _no_worse(costs[i], costs[k], noise)]
             kept.append(i)
     for i in order.tolist():
         if i not in kept and not any(
-            _beats(costs[k], costs[i], noise, or_equals=True) or _beats(costs[i], costs[k], noise, or_equals=True)
-            for k in kept
+            _no_worse(costs[k], costs[i], noise) or _no_worse(costs[i], costs[k], noise) for k in kept
         ):
             kept.append(i)
     return kept
 
 
-def _beats(a: np.ndarray, b: np.ndarray, noise: np.ndarray, *, or_equals: bool) -> bool:
-    margin = noise * np.maximum(np.abs(a), np.abs(b))
-    return bool((a <= b + margin).all() and (or_equals or (a < b - margin).any()))
+def _no_worse(a: np.ndarray, b: np.ndarray, noise: np.ndarray) -> bool:
+    """Whether a is worse than b beyond the noise nowhere."""
+    return bool((a <= b + noise * np.maximum(np.abs(a), np.abs(b))).all())
 
 
 def beaten_by(costs: np.ndarray, others: np.ndarray, noise: np.ndarray) -> np.ndarray:
