@@ -107,11 +107,12 @@ def test_a_batch_is_chosen_for_what_its_members_add_to_each_other(rng: np.random
 
 
 def test_what_runs_is_believed_and_nothing_is_proposed_twice(rng: np.random.Generator) -> None:
-    costs = {0: (0.1, 0.8), 1: (0.11, 0.79), 2: (0.75, 0.2), 3: (0.95, 0.95), 4: (0.96, 0.96)}
+    costs = {0: (0.1, 0.8), 1: (0.11, 0.79), 2: (0.9, 0.15), 3: (0.95, 0.95), 4: (0.96, 0.96)}
     exact = {i: lambda c, i=i: np.array([costs[int(code)][i] for code in c[:, 0]]) for i in range(2)}
     domain = Domain((5,), (False,), exact=exact)
     done = results_of(np.array([[3], [4]]), np.array([costs[3], costs[4]]))
     running = np.array([[0]])
+    assert propose(domain, done, 1, rng, reference=[1.0, 1.0], taken=keys(running)).tolist() == [[1]]
     assert propose(domain, done, 1, rng, reference=[1.0, 1.0], running=running).tolist() == [[2]]
     assert propose(domain, done, 9, rng, running=running, taken=keys(np.array([[2]]))).tolist() == [[1]]
     assert not len(propose(domain, done, 9, rng, running=running, taken=keys(np.array([[1], [2]]))))
@@ -160,6 +161,18 @@ def test_constraints_are_learned(rng: np.random.Generator) -> None:
     assert (proposed[:, 0] > 2).mean() >= 0.75
     nowhere = propose(domain, results_of(codes, costs, codes[:, :1] + 0.5), 2, rng)
     assert len(nowhere) == 2  # nothing is feasible: proposals go on
+
+
+def test_a_constraint_is_met_at_zero_and_where_nobody_says_that_it_is_not() -> None:
+    told = np.array([[0.0, -1.0], [-1.0, 1e-9], [np.nan, 0.0], [np.nan, 2.0], [-3.0, -3.0]])
+    assert results_of(np.zeros((5, 1), int), np.zeros((5, 1)), told).feasible.tolist() == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert results_of(np.zeros((2, 1), int), np.zeros((2, 1))).feasible.tolist() == [True, True]
 
 
 def test_bounds_are_told_or_those_of_front_and_results() -> None:
