@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hardware_profiles.machine import int8_weight_limit
-from nas.evaluate import accuracy
+from nas.evaluate import accuracy, calibration_order
 from nas.evaluator import Accuracies, Evaluator, Score, stages
 from tests.nas import tiny
 
@@ -31,7 +31,8 @@ def test_stages_are_counted_together() -> None:
     whole = evaluator.score(ARCHITECTURE, "val_search", lambda score: bool(asked.append(score)))  # type: ignore[func-returns-value]
     subnet = evaluator.deploy(ARCHITECTURE).simulated
     with torch.no_grad():
-        right = [bool(hit) for x, y in data.batches("val_search", 8) for hit in subnet(x).argmax(1) == y]
+        hits = [bool(hit) for x, y in data.batches("val_search", 8) for hit in subnet(x).argmax(1) == y]
+    right = np.array(hits)[calibration_order(data["val_search"])]
     assert [score.correct for score in asked] == [sum(right[: score.seen]) for score in asked] and len(asked) > 2
     assert whole == asked[-1] and whole.accuracy == accuracy(subnet, data, "val_search") == sum(right) / len(right)
 
