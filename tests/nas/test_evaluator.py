@@ -25,6 +25,15 @@ def test_a_score_on_all_images_is_the_accuracy_of_what_is_deployed() -> None:
     assert whole.accuracy == accuracy(evaluator.deploy(ARCHITECTURE).simulated, tiny.data(), "val_front")
 
 
+def test_norms_are_set_by_as_many_images_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    monkeypatch.setattr("nas.evaluator.recalibrate", lambda net, images: batches.extend(map(len, images)) or net)
+    for calibration in (40, 64, 1000):  # of 64 images
+        batches.clear()
+        Evaluator(tiny.supernet(), tiny.data(), calibration=calibration).deploy(ARCHITECTURE)
+        assert sum(batches) == min(calibration, 64)
+
+
 def test_stages_are_counted_together() -> None:
     data, asked = tiny.data(3000), []
     evaluator = Evaluator(tiny.supernet(), data)

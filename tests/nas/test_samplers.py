@@ -10,6 +10,7 @@ import pytest
 
 from nas.candidates import Costs
 from nas.costs import ProfiledDevice, at_most, maximize, minimize
+from nas.guided_sampler import CLAIM
 from nas.samplers import LIBRARY, SAMPLERS, LegalCodes, guided_sampler
 from search_spaces import Architecture
 from tests.nas import tiny
@@ -74,6 +75,22 @@ def test_proposals_are_within_the_limits_and_new(costs: Costs) -> None:
             trial, [tiny.formula(architecture, "val_search"), figures["latency_ms@toy"].value, network.model_bytes]
         )
     assert len(set(found)) == 40
+
+
+def test_a_guided_sampler_is_told_what_a_search_knows(costs: Costs) -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = guided_sampler(costs, seed=0, startup=8, asynchronous=False)
+    codes = drawn(LegalCodes(costs), 20)
+    figures = costs.of_codes(LegalCodes(costs).of_space(codes))
+    assert set(sampler._exact) == {1, 2}  # not the accuracy
+    np.testing.assert_array_equal(sampler._exact[1](codes), figures["latency_ms@toy"])
+    np.testing.assert_array_equal(sampler._exact[2](codes), figures["model_bytes"])
+    for asynchronous in (False, True):
+        sampler = guided_sampler(costs, seed=0, startup=8, asynchronous=asynchronous)
+        study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
+        trial = study.ask()
+        trial.suggest_categorical(*next((name, d.choices) for name, d in LegalCodes(costs).distributions.items()))
+        assert (CLAIM in study.trials[0].system_attrs) == asynchronous
 
 
 @pytest.mark.parametrize("name", LIBRARY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from predictors.proposals import (
     propose,
     rank_correlation,
 )
+from predictors.surrogate import GaussianProcess
 
 
 def results_of(codes: np.ndarray, costs: np.ndarray, constraints: np.ndarray | None = None) -> Results:
@@ -75,8 +77,11 @@ def test_rank_correlation_is_scipys(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("objectives", [2, 3, 4])
-def test_gains_of_exact_costs_are_the_hypervolume_that_they_add(objectives: int, rng: np.random.Generator) -> None:
+def test_gains_of_exact_costs_are_the_hypervolume_that_they_add(
+    objectives: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With all costs known, the best proposals are those that add most, counted on a fine grid or random points."""
+    monkeypatch.setattr(proposals, "SHORTLIST", 40)
     domain = Domain((5, 5, 5), (True,) * 3, exact={i: lambda c, i=i: costs_of(c)[:, i] for i in range(objectives)})
     table = rng.random((125, objectives))
 
@@ -141,6 +146,52 @@ def test_proposals_are_new_canonical_allowed_and_repeatable(
     assert (both[:, -1] == 0).all() and not both[both[:, 0] == 0, 1].any()
 
 
+def test_an_evolution_goes_on_from_what_promises_most(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 14 choices that each count: random architectures are far from the best."""
+    monkeypatch.setattr(proposals, "BROOD", 200)
+    monkeypatch.setattr(proposals, "PARENTS", 20)
+
+    class Known:
+        def gains(self, codes: np.ndarray) -> np.ndarray:
+            return np.asarray(42.0 - codes.sum(axis=1))
+
+    domain = Domain((4,) * 14, (True,) * 14)
+    codes = domain.random(20, rng)
+    results = results_of(codes, codes.sum(axis=1)[:, None] * 1.0)
+    region: Any = Known()
+    pool, gains = proposals._candidates(domain, results, region, keys(codes), rng)
+    assert gains.max() > 36 and len(keys(pool) | keys(codes)) == len(pool) + 20
+    np.testing.assert_array_equal(gains, 42 - pool.sum(axis=1))
+
+
+def test_what_breaks_a_constraint_takes_nothing_from_what_is_to_be_gained(rng: np.random.Generator) -> None:
+    costs = np.array([0.05, 0.85, 0.3, 0.8, 0.82, 0.9])
+    domain = Domain((6,), (False,), exact={i: lambda codes: costs[codes[:, 0]] for i in range(2)})
+    known = np.array([[0], [5]])
+    done = results_of(known, np.stack([costs[[0, 5]]] * 2, axis=1), np.array([[1.0], [-1.0]]))
+    assert propose(domain, done, 1, rng, reference=[1.0, 1.0]).tolist() == [[2]]
+
+
+def test_values_are_compressed_where_that_tells_more_of_what_is_left_out(rng: np.random.Generator) -> None:
+    from scipy.stats import spearmanr
+
+    domain = Domain((4,) * 5, (True,) * 5)
+    codes, chosen = domain.random(40, rng), set()
+    for _ in range(6):
+        values = codes @ rng.standard_normal(5) + rng.standard_normal(40)
+        values += rng.choice([0.0, 1e3]) * (codes[:, 0] + codes[:, 1] == 5) * rng.random(40)
+        told = {
+            compressed: spearmanr(GaussianProcess.fit(domain.encoding, codes, each).left_out(), values).statistic
+            for compressed, each in ((False, values), (True, Compressed(values)(values)))
+        }
+        belief = proposals._Belief.fitted(domain.encoding, codes, values)
+        assert isinstance(belief.transform, Compressed) == (told[True] > told[False])
+        chosen.add(type(belief.transform))
+    assert len(chosen) == 2
+
+
 def test_first_architectures_are_spread_and_end_with_the_space(rng: np.random.Generator) -> None:
     domain = Domain((4, 2), (False, False))
     spread = domain.spread(8, rng)
@@ -192,6 +243,15 @@ def test_many_results_are_cut_to_the_informative_ones(rng: np.random.Generator) 
     assert len(kept.codes) == len(keys(kept.codes)) == proposals.LEARNED
     np.testing.assert_array_equal(costs[kept.codes[:, 0]], kept.costs)
     assert set(slow_front(costs)) <= set(kept.codes[:, 0].tolist())
+
+
+def test_the_informative_ones_are_those_that_may_be_had(rng: np.random.Generator) -> None:
+    """What breaks a constraint is better in every cost, and yet no more than the even pick of the others has of it."""
+    costs = np.concatenate([1 + rng.random((350, 2)), rng.random((350, 2))])
+    broken = np.repeat([-1.0, 1.0], 350)[:, None]
+    kept = results_of(np.arange(700)[:, None], costs, broken).informative()
+    assert set(slow_front(costs[:350])) <= set(kept.codes[:, 0].tolist())
+    assert (kept.constraints < 0).sum() > 0.6 * proposals.LEARNED and (kept.constraints > 0).any()
 
 
 @pytest.mark.parametrize("objectives", [1, 2, 3, 4])

@@ -102,6 +102,16 @@ def test_a_fit_learns_which_choice_matters_and_predicts_what_it_did_not_see(rng:
     assert (deviation > 0).all()
 
 
+def test_scales_rest_on_rows_from_all_of_them(rng: np.random.Generator) -> None:
+    """The first choice matters where the second one has other options than those of the first half of the rows."""
+    encoding = Encoding((4,) * 3, (False,) * 3, tuple(range(3)))
+    codes = random_codes(240, rng, encoding)
+    codes[:120, 1], codes[120:, 1] = 0, np.maximum(codes[120:, 1], 1)
+    process = GaussianProcess.fit(encoding, codes, 3.0 * codes[:, 0] * (codes[:, 1] > 0))
+    importance = np.bincount(encoding.owner, process.bit_weights)
+    assert importance[0] > 3 * importance[2]
+
+
 def test_values_that_are_all_the_same(rng: np.random.Generator) -> None:
     process = GaussianProcess.fit(ENCODING, random_codes(5, rng), np.full(5, 7.0))
     mean, deviation = process.predict(random_codes(9, rng))
