@@ -12,6 +12,7 @@ import torch
 from hardware_profiles.machine import int8_weight_limit
 from nas.evaluate import accuracy, calibration_order
 from nas.evaluator import Accuracies, Evaluator, Score, stages
+from nas.supernet import Subnet
 from tests.nas import tiny
 
 ARCHITECTURE = tiny.space().largest
@@ -27,7 +28,12 @@ def test_a_score_on_all_images_is_the_accuracy_of_what_is_deployed() -> None:
 
 def test_norms_are_set_by_as_many_images_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
-    monkeypatch.setattr("nas.evaluator.recalibrate", lambda net, images: batches.extend(map(len, images)) or net)
+
+    def counted(subnet: Subnet, images: list[torch.Tensor]) -> Subnet:
+        batches.extend(map(len, images))
+        return subnet
+
+    monkeypatch.setattr("nas.evaluator.recalibrate", counted)
     for calibration in (40, 64, 1000):  # of 64 images
         batches.clear()
         Evaluator(tiny.supernet(), tiny.data(), calibration=calibration).deploy(ARCHITECTURE)
@@ -35,9 +41,15 @@ def test_norms_are_set_by_as_many_images_as_asked(monkeypatch: pytest.MonkeyPatc
 
 
 def test_stages_are_counted_together() -> None:
-    data, asked = tiny.data(3000), []
+    data = tiny.data(3000)
+    asked: list[Score] = []
     evaluator = Evaluator(tiny.supernet(), data)
-    whole = evaluator.score(ARCHITECTURE, "val_search", lambda score: bool(asked.append(score)))  # type: ignore[func-returns-value]
+
+    def never(score: Score) -> bool:
+        asked.append(score)
+        return False
+
+    whole = evaluator.score(ARCHITECTURE, "val_search", never)
     subnet = evaluator.deploy(ARCHITECTURE).simulated
     with torch.no_grad():
         hits = [bool(hit) for x, y in data.batches("val_search", 8) for hit in subnet(x).argmax(1) == y]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import Trial, TrialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from nas import PredictorGuidedSampler
-from nas.guided_sampler import options_of
+from nas import PredictorGuidedSampler, guided_sampler
+from nas.guided_sampler import UNMEASURED, Grid, common_space, options_of, results_of
+from predictors.proposals import Domain
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 NAMES = ("a", "b", "c")
@@ -169,3 +172,138 @@ def test_two_workers_share_a_journal(tmp_path: Path, asynchronous: bool) -> None
 def test_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="startup 1"):
         PredictorGuidedSampler(startup=1)
+
+
+# what a generation rests on ------------------------------------------------------------------------------
+
+PAIR: dict[str, BaseDistribution] = {"x": IntDistribution(0, 9), "y": IntDistribution(0, 9)}
+
+
+def ended(x: int, y: int, state: TrialState = TrialState.COMPLETE, **told: Any) -> FrozenTrial:
+    values = [float(x), float(y)] if state == TrialState.COMPLETE else None
+    return create_trial(state=state, params={"x": x, "y": y}, distributions=PAIR, **({"values": values} | told))
+
+
+def paired(sampler: PredictorGuidedSampler, trials: list[FrozenTrial] | None = None) -> optuna.Study:
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    study.add_trials(trials or [])
+    return study
+
+
+def asked(study: optuna.Study) -> tuple[int, int]:
+    trial = study.ask()
+    return trial.suggest_int("x", 0, 9), trial.suggest_int("y", 0, 9)
+
+
+def test_generations_are_the_first_ones_then_a_batch_then_a_tenth() -> None:
+    sampler = PredictorGuidedSampler(startup=20, batch=5, search_space=PAIR)
+    study = paired(sampler, [ended(n // 10, n % 10) for n in range(80)])
+    starts = [sampler.generation_start(study, n) for n in range(80)]
+    sizes = [len(list(group)) for _, group in itertools.groupby(starts)]
+    assert sizes == [20, *[5] * 8, 6, 6, 7, 1] and starts == sorted(starts) and starts[20] == 20
+    unknown = PredictorGuidedSampler(startup=20, batch=5)  # the first trial tells which parameters there are
+    assert {unknown.generation_start(study, n) for n in range(20)} == {0, 1}
+
+
+def test_a_retry_counts_as_the_trial_that_it_repeats() -> None:
+    half = create_trial(state=TrialState.FAIL, params={"x": 3}, distributions={"x": PAIR["x"]})
+    again: dict[str, Any] = {"failed_trial": 3, "retry_history": [3], "fixed_params": {"x": 3}}
+    trials = [ended(0, 0), ended(1, 1), ended(2, 2), half, *(ended(n, n) for n in (5, 6, 7, 8)), ended(3, 0)]
+    trials[-1].system_attrs = again
+    sampler = PredictorGuidedSampler(startup=4, batch=2)
+    study = paired(sampler, trials)
+    assert [sampler.generation_start(study, n) for n in range(9)] == [0, 1, 1, 1, 4, 4, 6, 6, 1]
+    study.ask()  # what was asked of the one that failed is not all that there is
+    assert sampler.infer_relative_search_space(study, study.trials[-1]) == PAIR
+
+
+def test_what_trials_tell_is_costs_and_constraints_of_those_that_were_measured() -> None:
+    study = paired(PredictorGuidedSampler(), [ended(3, 4, values=[np.inf, -np.inf]), ended(8, 8, TrialState.PRUNED)])
+    study.add_trials([ended(9, 9, user_attrs={UNMEASURED: True}), ended(7, 7, TrialState.FAIL)])
+    for x, y, constraints in ((1, 2, {"a": -1.0}), (5, 0, {"b": 2.0, "a": 0.5})):
+        trial = study.ask()
+        assert (trial.suggest_int("x", x, x), trial.suggest_int("y", y, y)) == (x, y)
+        for name, value in constraints.items():
+            trial.set_constraint(name, value)
+        study.tell(trial, [float(x), float(y)])
+    found = results_of(study.trials, Grid.of(PAIR), Domain((10, 10), (True, True)), study.directions)
+    assert found.codes.tolist() == [[3, 4], [1, 2], [5, 0]]
+    assert found.costs.tolist() == [[-5, 0], [-1, 2], [-5, 0]]  # infinite ones as the best finite ones
+    np.testing.assert_array_equal(found.constraints, [[np.nan, np.nan], [-1, np.nan], [0.5, 2]])
+
+
+def test_common_parameters_are_those_of_all_trials_alike() -> None:
+    other: dict[str, BaseDistribution] = {"x": PAIR["x"], "y": IntDistribution(0, 5), "z": PAIR["x"]}
+    trials = [ended(1, 2), create_trial(values=[0.0, 0.0], params={"x": 1, "y": 2, "z": 3}, distributions=other)]
+    assert common_space(trials) == {"x": PAIR["x"]} and common_space([]) == {}
+    waiting = create_trial(state=TrialState.WAITING)
+    assert common_space([waiting, ended(0, 0)]) == PAIR
+
+
+def test_a_number_between_two_options_is_the_nearer_one() -> None:
+    grid = Grid.of({"x": FloatDistribution(0.0, 31.0), "kind": CategoricalDistribution((True, 1, "a"))})
+    assert grid.code({"x": 6.4, "kind": 1}) == (6, 1)
+    assert grid.code({"x": 6.6, "kind": True}) == (7, 0) and grid.code({"kind": "a"}) is None
+
+
+def test_a_proposal_is_told_the_reference_as_costs_and_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    propose = guided_sampler.propose
+
+    def kept(domain: Domain, results: Any, count: int, rng: np.random.Generator, **given: Any) -> np.ndarray:
+        told.append(given | {"codes": results.codes})
+        return propose(domain, results, count, rng, **given)
+
+    monkeypatch.setattr(guided_sampler, "propose", kept)
+    sampler = PredictorGuidedSampler(startup=4, batch=2, search_space=PAIR, reference=(5.0, 7.0), asynchronous=True)
+    study = paired(sampler, [ended(n, n) for n in range(4)])
+    one, two, three = asked(study), asked(study), asked(study)
+    assert len({one, two, three}) == 3 and [each["reference"] for each in told] == [[-5.0, 7.0]] * 2
+    assert told[0]["running"] is None and {tuple(row) for row in told[1]["running"].tolist()} == {one, two}
+    assert len(told[1]["codes"]) == 4
+
+
+def test_what_was_enqueued_meanwhile_is_not_proposed_again() -> None:
+    rows = [asked(study) for study in [paired(PredictorGuidedSampler(3, startup=6, search_space=PAIR))] for _ in "abc"]
+    study = paired(PredictorGuidedSampler(3, startup=6, search_space=PAIR))
+    assert asked(study) == rows[0]
+    study.enqueue_trial({"x": rows[1][0], "y": rows[1][1]})
+    assert asked(study) == rows[1]
+    assert asked(study) not in rows and asked(study) == rows[2]
+
+
+def test_what_enqueued_trials_leave_open_is_new_where_it_can_be() -> None:
+    study = paired(PredictorGuidedSampler(startup=6, search_space=PAIR))
+    for _ in range(10):
+        study.enqueue_trial({"x": 4})
+    assert sorted(asked(study) for _ in range(10)) == [(4, y) for y in range(10)]
+
+
+def test_trials_of_earlier_generations_are_waited_for_as_long_as_they_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guided_sampler, "QUEUE_PATIENCE_S", 0.05)
+    sampler = PredictorGuidedSampler(startup=3, batch=2, search_space=PAIR, poll_s=0.01)
+    study = paired(sampler, [ended(0, 0), ended(1, 1)])
+    asked(study)
+    teller = threading.Timer(0.4, lambda: study.tell(2, [5.0, 5.0]))
+    teller.start()
+    asked(study)
+    assert study.trials[2].state == TrialState.COMPLETE and "goes on without" not in caplog.text
+    teller.join()
+
+
+def test_killed_trials_are_looked_for_and_others_given_up_while_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guided_sampler, "fail_stale", lambda study: study.tell(2, state=TrialState.FAIL))
+    sampler = PredictorGuidedSampler(startup=3, batch=2, search_space=PAIR, poll_s=0.01, patience_s=5.0)
+    study = paired(sampler, [ended(0, 0), ended(1, 1)])
+    asked(study)
+    asked(study)
+    assert study.trials[2].state == TrialState.FAIL and "goes on without" not in caplog.text
+    monkeypatch.setattr(guided_sampler, "fail_stale", lambda study: None)
+    sampler = PredictorGuidedSampler(startup=3, batch=2, search_space=PAIR, poll_s=0.01, patience_s=0.1)
+    study = paired(sampler, [ended(0, 0), ended(1, 1)])
+    first = asked(study)
+    assert asked(study) != first and "trial 3 goes on without the results of trials 2" in caplog.text

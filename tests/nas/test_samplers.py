@@ -85,6 +85,9 @@ def test_a_guided_sampler_is_told_what_a_search_knows(costs: Costs) -> None:
     assert set(sampler._exact) == {1, 2}  # not the accuracy
     np.testing.assert_array_equal(sampler._exact[1](codes), figures["latency_ms@toy"])
     np.testing.assert_array_equal(sampler._exact[2](codes), figures["model_bytes"])
+    eight = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
+    eight.add_trials([optuna.trial.create_trial(values=[0.0, 0.0, 0.0]) for _ in range(9)])
+    assert [sampler.generation_start(eight, number) for number in (7, 8)] == [0, 8]
     for asynchronous in (False, True):
         sampler = guided_sampler(costs, seed=0, startup=8, asynchronous=asynchronous)
         study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
@@ -101,3 +104,8 @@ def test_each_sampler_of_the_library_is_made_by_its_name(name: str) -> None:
     )
     assert len(study.trials) == 10
     assert set(SAMPLERS) == {"guided", *LIBRARY}
+    if name in ("nsga2", "nsga3"):
+        generations = [next(iter(trial.system_attrs.values())) for trial in study.trials]
+        assert generations == [number // 6 for number in range(10)]
+    elif name != "random":
+        assert vars(study.sampler)["_n_startup_trials"] == 6
