@@ -19,7 +19,8 @@ from hardware_profiles import load_device
 from nas.candidates import devices_of
 from nas.costs import Infeasible, ProfiledDevice, UnknownFigure, at_least, at_most, maximize, minimize
 from nas.evaluator import Evaluator, Score
-from nas.search import study_name
+from nas.guided_sampler import UNMEASURED
+from nas.search import _holds, study_name
 from nas.study import storage_url
 from nas.supernet import Supernet
 from search_spaces import Architecture, MobileNet, SearchSpace
@@ -622,6 +623,64 @@ def test_what_is_dominated_for_sure_is_not_evaluated_to_the_end(toy: ProfiledDev
         assert str(architecture) in whole or any(a >= share and ms <= latency for a, ms in ends)
 
 
+def test_what_stops_an_evaluation_is_what_was_evaluated_before_its_generation(toy: ProfiledDevice) -> None:
+    """So that it does not matter who of a generation is faster; the stages are judged again here, trial by trial."""
+    evaluator, storage = Staged(tiny.space()), optuna.storages.InMemoryStorage()
+    run(evaluator, [maximize("accuracy"), minimize("latency_ms", toy)], trials=60, storage=storage, population=8)
+    study = optuna.load_study(study_name=None, storage=storage)
+    sampler = nas.PredictorGuidedSampler(startup=8, search_space={"any": optuna.distributions.IntDistribution(0, 1)})
+    whole: dict[int, tuple[float, float]] = {}
+    stopped = 0
+    for trial in study.trials:
+        architecture = evaluator.space.parse(trial.user_attrs["architecture"])
+        start, (_, latency_ms) = sampler.generation_start(study, trial.number), trial.values
+        bar = max((a for number, (a, ms) in whole.items() if number < start and ms <= latency_ms), default=-1.0)
+        shares = [(n, Score(round(n * tiny.formula(architecture, "val_search")), n, 10_000)) for n in STAGES]
+        expected = next((n for n, score in shares if score.at_most < bar), STAGES[-1])
+        assert evaluator.seen[architecture] == expected == trial.user_attrs.get("images_seen", STAGES[-1])
+        if expected == STAGES[-1]:
+            whole[trial.number] = (trial.values[0], latency_ms)
+        stopped += expected < STAGES[-1]
+    assert 0 < stopped < 60
+
+
+def test_an_evaluation_stops_where_a_floor_of_accuracy_is_out_of_reach() -> None:
+    evaluator = Staged(tiny.space())
+    shares = sorted(tiny.formula(evaluator.space.sample(np.random.default_rng(i)), "val_search") for i in range(40))
+    floor = shares[20]
+    front = run(evaluator, [minimize("macs")], [at_least("accuracy", floor)], trials=30)
+    for architecture, seen in evaluator.seen.items():
+        share = tiny.formula(architecture, "val_search")
+        assert share < floor or seen == STAGES[-1]
+        assert share > floor - 0.05 or seen == STAGES[0]  # three standard errors of 1,250 images are 0.04
+    assert len(set(evaluator.seen.values())) > 1
+    assert all(point["accuracy"] >= floor for point in (*front.points, *front.others))
+
+
+def test_trials_that_were_not_run_say_so() -> None:
+    """Their accuracy of 0 teaches a sampler nothing."""
+    evaluator, storage = tiny.FakeEvaluator(tiny.space()), optuna.storages.InMemoryStorage()
+    bound = float(
+        np.median([evaluator.space.lower(evaluator.space.sample(np.random.default_rng(i))).macs for i in range(40)])
+    )
+    run(evaluator, [maximize("accuracy")], [at_most("macs", bound)], sampler="random", trials=30, storage=storage)
+    trials = optuna.load_study(study_name=None, storage=storage).get_trials(states=(TrialState.COMPLETE,))
+    unmeasured = [trial for trial in trials if trial.user_attrs.get(UNMEASURED)]
+    assert len(unmeasured) == 30 - len(evaluator.asked) > 0
+    assert all("accuracy" not in trial.user_attrs["figures"] and trial.values == [0.0] for trial in unmeasured)
+
+
+def test_what_another_process_runs_or_has_run_is_a_duplicate() -> None:
+    text = str(tiny.space().smallest)
+    for state, holds in (("RUNNING", True), ("COMPLETE", True), ("PRUNED", False), ("FAIL", False), ("WAITING", False)):
+        values = [1.0] if state == "COMPLETE" else None
+        trial = optuna.trial.create_trial(state=TrialState[state], values=values, user_attrs={"architecture": text})
+        assert _holds(trial, tiny.space().smallest) == holds and not _holds(trial, tiny.space().largest)
+
+
+STAGES = (1_250, 2_500, 5_000, 10_000)  # images
+
+
 class Staged(tiny.FakeEvaluator):
     """As right on the first images as on all of them."""
 
@@ -631,7 +690,7 @@ class Staged(tiny.FakeEvaluator):
 
     def score(self, architecture: Architecture, split: str, is_enough: Callable[[Score], bool]) -> Score:
         share = self.accuracy(architecture, split)
-        for seen in (1_250, 2_500, 5_000, 10_000):
+        for seen in STAGES:
             self.seen[architecture] = seen
             score = Score(round(seen * share), seen, 10_000)
             if is_enough(score):
