@@ -11,6 +11,7 @@ import pytest
 from hardware_profiles import load_device
 from nas.candidates import Costs
 from nas.costs import ProfiledDevice, at_least, at_most, maximize
+from nas.figure_table import Estimates
 from search_spaces import FAMILIES, CompactTransformer, MobileNet, SearchSpace
 from tests.nas import tiny
 
@@ -83,3 +84,16 @@ def test_what_is_bounded_beyond_a_limit_is_not_lowered(tmp_path: Path, monkeypat
     monkeypatch.setattr(MobileNet, "lower", lambda self, a: lowered.append(a) or lower(self, a))
     assert costs.allowed(codes).tolist() == [bytes_ <= limit.value for bytes_ in needed]
     assert 0 < len(lowered) < 60
+
+
+def test_intervals_are_shares_of_the_value_and_what_cannot_run_stays_infinite() -> None:
+    value = np.array([2.0, np.inf])
+    found = Estimates.within(value, 0.25)
+    assert found.low is not None and found.high is not None
+    assert (found.low.tolist(), found.high.tolist()) == ([1.5, math.inf], [2.5, math.inf])
+    wide = Estimates.within(value, 1.5)
+    assert wide.low is not None and wide.low.tolist() == [0.0, math.inf]
+    limits = [at_most("latency_ms", 1.0, "toy", confidence=0.95), at_least("energy_uj", 1.0, "toy", confidence=0.95)]
+    assert [found.judged_by(limit)[0] for limit in limits] == [2.5, 1.5]
+    unknown = Estimates.within(value, None)
+    assert unknown.low is unknown.high is None and unknown.judged_by(limits[0]) is value

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -155,3 +156,44 @@ def test_a_front_that_misses_its_limits_once_measured_is_infeasible(
     assert limited.points
     with pytest.raises(Infeasible, match=r"once measured, .*what binds is latency_ms@host-cpu<=0\.1.*nearest"):
         nas.remeasure(limited, evaluator, {"host-cpu": host}, candidates=2)
+
+
+def test_of_a_layer_that_is_too_long_some_are_taken_from_end_to_end() -> None:
+    points = [
+        Evaluation(f"a{i}", f"{i}", {"accuracy": Figure.exact(0.1 * i), "macs": Figure.exact(i)}, {}) for i in range(9)
+    ]
+    behind = [replace(p, id=f"b{p.id}", figures=p.figures | {"macs": Figure.exact(p["macs"] + 0.5)}) for p in points]
+    front = ParetoFront.of([*behind, *points], [maximize("accuracy"), minimize("macs")])
+    everything = [*front.points, *front.others]
+    assert {e.id for e in module._layers(everything, front, 3)} == {"a0", "a4", "a8"}
+    chosen = {e.id for e in module._layers(everything, front, 11)}
+    assert {p.id for p in points} < chosen and {"ba0", "ba8"} < chosen and len(chosen) == 11
+    assert {e.id for e in module._layers(everything, front, 99)} == {e.id for e in everything}
+
+
+def test_a_device_that_is_not_at_hand_is_not_measured(
+    evaluator: Evaluator, found: ParetoFront, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "measure", lambda *_, **__: pytest.fail("was measured"))
+    away = ProfiledDevice(tiny.device(tmp_path))
+    everything = [
+        replace(e, figures={k.replace("host-cpu", "toy"): f for k, f in e.figures.items()})
+        for e in (*found.points, *found.others)
+    ]
+    front = ParetoFront.of(everything, [maximize("accuracy"), minimize("latency_ms", "toy")])
+    again = nas.remeasure(front, evaluator, {"toy": away}, candidates=2)
+    assert not again.noise and {point.figures["latency_ms@toy"].origin for point in again.points} == {"predicted"}
+
+
+def test_models_have_the_weights_of_the_evaluator(
+    evaluator: Evaluator, found: ParetoFront, host: ProfiledDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of half the range where the processor would overflow, of the whole elsewhere: as accuracies were evaluated."""
+    given, write = set(), module.write_onnx
+    monkeypatch.setattr(module, "measure", Bench({}))
+    monkeypatch.setattr(module, "write_onnx", lambda *a, **k: given.add(k.get("weight_limit")) or write(*a, **k))
+    for limit in (64, 127):
+        given.clear()
+        monkeypatch.setattr(evaluator, "weight_limit", limit)
+        nas.remeasure(found, evaluator, {"host-cpu": host}, candidates=2)
+        assert given == {limit}

@@ -109,3 +109,15 @@ def test_each_sampler_of_the_library_is_made_by_its_name(name: str) -> None:
         assert generations == [number // 6 for number in range(10)]
     elif name != "random":
         assert vars(study.sampler)["_n_startup_trials"] == 6
+
+
+@pytest.mark.parametrize("name", ["nsga2", "nsga3"])
+def test_parents_are_in_one_order_when_selected_and_when_read_back(name: str) -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=LIBRARY[name](0, 8))
+    study.optimize(lambda t: (t.suggest_int("a", 0, 30), -t.params["a"] * t.suggest_int("b", 0, 9)), 16)
+    told = []
+    for _ in range(2):
+        sampler = LIBRARY[name](0, 8)
+        assert isinstance(sampler, optuna.samplers.NSGAIISampler | optuna.samplers.NSGAIIISampler)
+        told.append([trial.number for trial in sampler.get_parent_population(study, 2)])
+    assert told[0] == told[1] == sorted(told[0]) and len(told[0]) == 8

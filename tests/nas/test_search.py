@@ -393,6 +393,31 @@ def test_a_search_that_was_killed_ends_like_one_that_was_not(sampler: str, tmp_p
     assert front == expected
 
 
+def test_what_failed_waits_for_whoever_goes_on() -> None:
+    class Broken(Mortal):
+        def accuracy(self, architecture: Architecture, split: str) -> float:
+            try:
+                return super().accuracy(architecture, split)
+            except Killed:
+                raise OSError("no memory is left") from None
+
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(OSError, match="no memory"):
+        run(Broken(tiny.space(), 5), [maximize("accuracy"), minimize("macs")], storage=storage)
+    trials = optuna.load_study(study_name=None, storage=storage).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 5 + ["FAIL", "WAITING"]
+    assert trials[6].system_attrs["fixed_params"] == trials[5].params
+
+
+def test_every_step_of_a_sampler_draws_anew() -> None:
+    """Else it would draw what is known, and all but the first architectures would be relatives of one."""
+    storage = optuna.storages.InMemoryStorage()
+    wanted = [maximize("accuracy"), minimize("macs")]
+    run(tiny.FakeEvaluator(tiny.space()), wanted, sampler="random", trials=45, population=2, storage=storage)
+    trials = optuna.load_study(study_name=None, storage=storage).trials
+    assert sum("duplicate_of" in trial.user_attrs for trial in trials) < 15
+
+
 def test_it_goes_on_where_it_died_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between putting a trial in the queue and asking for it, and right after a trial was told."""
     space = tiny.space(**SMALL)
