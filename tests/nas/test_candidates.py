@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nas.candidates import Costs
-from nas.costs import Figure, ProfiledDevice, at_least, at_most, maximize
+from nas.costs import Figure, ProfiledDevice, at_least, at_most, maximize, minimize
 from tests.nas import tiny
 
 KINDS = ("conv2d", "linear", "pool", "add", "reshape")
@@ -53,3 +53,5 @@ def test_a_network_that_no_price_covers_cannot_be_run_either(tmp_path: Path) -> 
     found = costs.violations(network, costs.figures(network))
     assert set(found) == {"legal@toy"} and found["legal@toy"] >= 1
     assert not costs.allowed(costs.space.encode([costs.space.largest])).any()
+    wanted = Costs(tiny.space(), [minimize("latency_ms", device)], [], {"toy": device})  # nor where nothing limits it
+    assert not wanted.allowed(wanted.space.encode([wanted.space.largest])).any()
