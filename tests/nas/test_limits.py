@@ -197,3 +197,15 @@ def test_just_beyond_the_least_is_refused_and_just_within_is_met(listed: Listed)
             sign = 1 if operator == "<=" else -1
             assert not check(listed, [_limit(key, operator, best * (1 - sign * 1e-6))])
             assert check(listed, [_limit(key, operator, best * (1 + sign * 1e-9))])
+
+
+def test_limits_at_a_confidence_are_proven_impossible_together_by_the_ends_of_intervals(listed: Listed) -> None:
+    macs = listed.values(_limit("macs", ">=", 1.0))
+    bound = float(np.median(macs))
+    ends = listed.values(_limit("latency_ms@toy", "<=", 1.0, 0.95))
+    least = float(ends[macs >= bound].min())
+    for value, can in ((least * 1.0001, True), (least * 0.9999, False)):
+        limits = [_limit("macs", ">=", bound), _limit("latency_ms@toy", "<=", value, 0.95)]
+        assert check(listed, limits) == can
+    with pytest.raises(Infeasible, match=r"no architecture meets .* together, though each alone can be met"):
+        listed.judge(limits)
