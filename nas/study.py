@@ -105,7 +105,8 @@ def retry_failed(study: optuna.Study) -> None:
 
 def fail_stale(study: optuna.Study) -> None:
     """Likewise for those whose processes send no heartbeat any longer, where the storage knows heartbeats."""
-    storage = study._storage
+    # Optuna wraps a database in a cache, which knows no heartbeats of its own
+    storage = getattr(study._storage, "_backend", study._storage)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)

@@ -109,7 +109,6 @@ def test_a_trial_of_a_shared_study_sends_heartbeats(shared: optuna.Study) -> Non
     assert (database(shared).get_heartbeat_interval(), database(shared).grace_period) == (BEAT_S, GRACE_S)
 
 
-@pytest.mark.xfail(strict=True, reason="fail_stale takes Optuna's cache for a storage that knows no heartbeats")
 def test_what_never_sent_a_heartbeat_is_given_to_another_after_a_while(shared: optuna.Study) -> None:
     begun(shared, 1)
     begun(shared, 2, ago_s=1.5 * GRACE_S)
