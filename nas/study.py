@@ -17,6 +17,7 @@ from sqlalchemy import DateTime, bindparam, event, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from nas.costs import Objective
+from nas.working_copy import WorkingCopy
 
 JOURNAL, PROXY = "journal://", "grpc://"
 BEAT_S, GRACE_S = 2, 15  # seconds between heartbeats, and without one until a process counts as dead
@@ -54,15 +55,20 @@ def open_study(
         storage: any database URL that Optuna takes, `journal://FILE` for its append-only file, `grpc://HOST:PORT` for
             a proxy of Optuna, a storage object, or None for memory.
         shared: several processes work in it: those that run a trial in a database send a heartbeat, and a trial that
-            is without one for `GRACE_S` is taken up by another.
+            is without one for `GRACE_S` is taken up by another. A file that is not shared is read once, and each trial
+            is written to it when it ends.
 
     Raises ValueError for a storage that cannot be opened.
     """
     held: optuna.storages.BaseStorage | None = None
     try:
         if isinstance(storage, str):
-            storage = held = _storage(storage, shared or not is_of_one_machine(storage))
+            shared = shared or not is_of_one_machine(storage)
+            storage = held = _storage(storage, shared)
         opened = _made(storage, name, objectives)
+        if held is not None and not shared:
+            copy = WorkingCopy(held, opened.study._study_id)
+            opened = Opened(optuna.load_study(storage=copy, study_name=name), opened.is_new)
     except (SQLAlchemyError, ImportError, OSError, optuna.exceptions.OptunaError) as error:
         raise ValueError(
             f"cannot open the study storage: {str(error).splitlines()[0]}; expected a database URL such as "

@@ -122,11 +122,11 @@ def test_what_never_sent_a_heartbeat_is_given_to_another_after_a_while(shared: o
     assert again.params == {"x": 4} and shared.trials[4].system_attrs["failed_trial"] == 3
 
 
-def test_what_ran_in_a_process_that_was_killed_is_asked_for_again(tmp_path: Path) -> None:
+def test_what_ran_in_processes_that_were_killed_is_asked_for_again(shared: optuna.Study, tmp_path: Path) -> None:
+    shared.tell(begun(shared, 1), [1.0, 1.0])
+    begun(shared, 2)
     with open_study(storage_url(tmp_path), "s", OBJECTIVES) as opened:
         study = opened.study
-        study.tell(begun(study, 1), [1.0, 1.0])
-        begun(study, 2)
         retry_running(study)
         retry_running(study)  # a process that was killed right after this
         assert states(study) == ["COMPLETE", "FAIL", "WAITING"]
