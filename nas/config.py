@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -17,6 +18,7 @@ import yaml
 
 from nas import coreset as coresets
 from nas.costs import Limit, Objective, check_confidence, check_objectives, parse_limit, parse_objective
+from nas.data import DIGITS
 from nas.profile import FEWEST_SAMPLES, FEWEST_WITH_HELP
 from nas.search import SearchSettings
 from nas.train_settings import TrainSettings
@@ -32,7 +34,11 @@ class BadExperiment(ValueError):
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the data is and how it is split; see `nas.load_data`."""
+    """Where the data is and how it is split; see `nas.load_data`.
+
+    A relative `path` of a YAML file is taken from the folder of that file, one of `--set` or of a shipped recipe from
+    the current folder; `digits` is no path.
+    """
 
     path: str
     val_search: float = 0.1
@@ -163,17 +169,21 @@ def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Experim
 
     Raises BadExperiment in one line that names the key, what was got and what was expected.
     """
-    path = RECIPES / f"{name_or_path}.yaml"
-    if name_or_path not in recipe_names():
-        path = Path(name_or_path)
-        if not path.is_file():
-            hint = nearest(name_or_path, recipe_names())
-            raise BadExperiment(f"no experiment {name_or_path!r}{hint}; or give the path of a YAML file")
+    if name_or_path in recipe_names():
+        return _read(RECIPES / f"{name_or_path}.yaml", overrides, Path.cwd())
+    path = Path(name_or_path)
+    if not path.is_file():
+        hint = nearest(name_or_path, recipe_names())
+        raise BadExperiment(f"no experiment {name_or_path!r}{hint}; or give the path of a YAML file")
     return read_experiment(path, overrides)
 
 
 def read_experiment(path: Path, overrides: Iterable[str] = ()) -> Experiment:
-    """An experiment from a YAML file."""
+    """An experiment from a YAML file; the data that it names is looked for beside it."""
+    return _read(path, overrides, path.parent)
+
+
+def _read(path: Path, overrides: Iterable[str], folder: Path) -> Experiment:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -181,9 +191,18 @@ def read_experiment(path: Path, overrides: Iterable[str] = ()) -> Experiment:
     if not isinstance(content, dict):
         raise BadExperiment(f"{path}: expected keys such as name, data and space; got {type(content).__name__}")
     content.pop("versions", None)  # of the run that wrote it
+    _make_absolute(content, folder)
     for override in overrides:
         _override(content, override)
+    _make_absolute(content, Path.cwd())
     return typing.cast(Experiment, _build(Experiment, content, ""))
+
+
+def _make_absolute(content: Mapping[str, Any], folder: Path) -> None:
+    """Take a relative path of the data from a folder, so that the experiment means the same in any other."""
+    data = content.get("data")
+    if isinstance(data, dict) and isinstance(data.get("path"), str) and data["path"] != DIGITS:
+        data["path"] = os.path.abspath(folder / data["path"])
 
 
 def _override(content: dict[str, Any], override: str) -> None:

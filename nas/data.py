@@ -27,6 +27,7 @@ from nas import coreset as coresets
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+DIGITS = "digits"  # a name, not a path
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = ("train", "calibration", "val_search", "val_front", "test")
 RESIZING = "bilinear, antialiased, half-pixel centres, over the whole image"
@@ -253,7 +254,7 @@ def load_data(
     Raises BadData, saying what was got and expected.
     """
     sizes = _Sizes(val_search, val_front, calibration, test, train_share, coreset)
-    if str(source) == "digits":
+    if str(source) == DIGITS:
         from sklearn.datasets import load_digits
 
         digits = load_digits()

@@ -66,6 +66,8 @@ class Run:
         if path.exists():
             held, wanted = read_experiment(path).to_dict(), experiment.to_dict()
             changed = [key for key in FIXED if held[key] != wanted[key]]
+            if "data" in changed and run._data_key() == run.data.key:  # the same, by another path
+                changed.remove("data")
             if changed:
                 raise BadExperiment(
                     f"{folder} holds another experiment: {', '.join(changed)} differ; "
@@ -74,6 +76,7 @@ class Run:
         elif folder.exists() and any(folder.iterdir()):
             raise BadExperiment(f"{folder} is not empty and holds no experiment.yaml; use another --out")
         run._write()
+        write_json(run._data_file, {"key": run.data.key})
         for each in reached.ranges if reached else ():
             log.info("%s", each)
         return run
@@ -86,6 +89,14 @@ class Run:
         write_text(self.folder / "experiment.yaml", yaml.safe_dump(content, sort_keys=False))
         for name, file in files.items():  # after the experiment, without which the directory is no run
             write_bytes(self._kept_file(name), file)
+
+    @property
+    def _data_file(self) -> Path:
+        return self.folder / "data.json"
+
+    def _data_key(self) -> str | None:
+        """Digest of the data that the run was last started with; None where it did not get so far."""
+        return str(read_json(self._data_file).get("key")) if self._data_file.exists() else None
 
     def _kept_file(self, device: str) -> Path:
         return self.folder / "devices" / f"{device}.yaml"

@@ -115,6 +115,28 @@ def test_an_override_replaces_the_whole_list_of_devices() -> None:
         load_experiment("quickstart", ["devices[0].samples=10"])
 
 
+def test_data_is_beside_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+
+    def path_of(named: str, *overrides: str) -> str:
+        write(there, tiny.experiment(tmp_path, data={"path": named}))
+        return load_experiment("../there/experiment.yaml", overrides).data.path
+
+    assert path_of("images") == path_of("./images/") == path_of("../there/images") == str(there / "images")
+    assert path_of("images", "train.epochs=3") == str(there / "images")
+    assert path_of("images", "data.path=images") == str(here / "images")
+    assert path_of("images", "data={path: ../images}") == str(tmp_path / "images")
+    assert path_of(str(tmp_path / "images")) == str(tmp_path / "images")
+    assert path_of("digits") == path_of("images", "data.path=digits") == "digits"
+    assert path_of("digits", "data.path=./digits") == str(here / "digits")
+    with pytest.raises(BadExperiment, match=re.escape("data.path: expected str, got 3")):
+        path_of("images", "data.path=3")
+    assert load_experiment("cifar10").data.path == str(here / "cifar10.npz")  # not beside the shipped file
+
+
 def test_equal_files_are_equal_experiments(tmp_path: Path) -> None:
     path = write(tmp_path, tiny.experiment(tmp_path))
     first, second = (read_experiment(path) for _ in range(2))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from sklearn import datasets
 
 import nas
 from hardware_profiles import load_device
@@ -298,6 +299,35 @@ def test_a_run_keeps_the_device_files_it_was_given(
     longer = tiny.write_experiment(there, devices=[{"name": "w12.yaml", "samples": 7}])
     Run.create(elsewhere / "moved", read_experiment(longer))
     assert Run.open(elsewhere / "moved").settings_of("w12.yaml") == DeviceSettings("w12.yaml", samples=7)
+
+
+def test_a_run_finds_its_data_from_any_folder_and_by_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    for folder in (there, elsewhere):
+        folder.mkdir()
+    digits = datasets.load_digits()
+    images = (digits.images[:400] / 16.0 * 255).astype(np.uint8)
+    np.savez(there / "small.npz", x_train=images, y_train=digits.target[:400])
+    np.savez(there / "other.npz", x_train=images[::-1], y_train=digits.target[:400])
+    sizes = {"calibration": 32, "val_search": 0.2}
+    path = tiny.write_experiment(there, data={"path": "small.npz", **sizes})
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(path), "--out", "there/run"]) == 0
+    monkeypatch.chdir(elsewhere)
+    assert main(["search", "../there/run", "--trials", "4"]) == 0
+    calls.clear()
+
+    shutil.move(there / "small.npz", elsewhere / "moved.npz")
+    (tmp_path / "linked").symlink_to(elsewhere)
+    for named in ("moved.npz", "../linked/moved.npz"):
+        assert main(["train", str(path), "--set", f"data.path={named}", "--out", "../there/run"]) == 0
+        assert Run.open("../there/run").experiment.data.path == os.path.abspath(named)
+    assert "step" not in calls
+    for change in ("data.path=../there/other.npz", "data.calibration=48"):
+        assert main(["train", str(path), "--set", "data.path=moved.npz", "--set", change, "--out", "../there/run"]) == 2
+        assert "holds another experiment: data differ" in capsys.readouterr().err
 
 
 def test_a_file_in_a_run_does_not_stand_for_a_shipped_device(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
