@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import re
 import types
 import typing
@@ -26,6 +25,8 @@ from search_spaces import FAMILIES
 
 RECIPES = Path(__file__).parent.parent / "experiments"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+LISTS = {"devices": "[{name: host-cpu, samples: 96}, {name: stm32f746}]", "search.limits": "[macs<=5M]"}
 
 
 class BadExperiment(ValueError):
@@ -202,7 +203,7 @@ def _make_absolute(content: Mapping[str, Any], folder: Path) -> None:
     """Take a relative path of the data from a folder, so that the experiment means the same in any other."""
     data = content.get("data")
     if isinstance(data, dict) and isinstance(data.get("path"), str) and data["path"] != DIGITS:
-        data["path"] = os.path.abspath(folder / data["path"])
+        data["path"] = str((folder / data["path"]).resolve())
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -210,17 +211,27 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise BadExperiment(f"--set {override!r}: expected KEY=VALUE, such as train.epochs=10")
     *parents, last = key.strip().split(".")
+    listed, bracket, _ = key.strip().partition("[")
+    if bracket:
+        raise BadExperiment(f"--set {override!r}: {_whole_list(listed)}")
     inner = content
-    for parent in parents:
+    for depth, parent in enumerate(parents, 1):
         if inner.get(parent) is None:
             inner[parent] = {}
         inner = inner[parent]
+        if isinstance(inner, list):
+            raise BadExperiment(f"--set {override!r}: {_whole_list('.'.join(parents[:depth]))}")
         if not isinstance(inner, dict):
             raise BadExperiment(f"--set {override!r}: {parent!r} holds a value, not keys")
     try:
         inner[last] = yaml.safe_load(raw)
     except yaml.YAMLError as error:
         raise BadExperiment(f"--set {override!r}: {' '.join(str(error).split())}") from None
+
+
+def _whole_list(key: str) -> str:
+    example = LISTS.get(key, "[FIRST, SECOND]")
+    return f'{key} is a list, which is only given as a whole, in quotes for the shell: --set "{key}={example}"'
 
 
 def _build(cls: type, content: object, where: str) -> object:

@@ -111,11 +111,19 @@ def test_unknown_recipes_and_bad_overrides(tmp_path: Path) -> None:
 def test_an_override_replaces_the_whole_list_of_devices() -> None:
     devices = load_experiment("quickstart", ["devices=[{name: host-cpu, samples: 10}, {name: stm32f746}]"]).devices
     assert [(device.name, device.samples) for device in devices] == [("host-cpu", 10), ("stm32f746", 120)]
-    with pytest.raises(BadExperiment, match="unknown key"):
-        load_experiment("quickstart", ["devices[0].samples=10"])
+    for key in ("devices[0].samples", "devices.0.samples", "devices[0]", "devices.0", "devices.samples"):
+        with pytest.raises(BadExperiment, match="devices is a list, which is only given as a whole") as caught:
+            load_experiment("quickstart", [f"{key}=10"])
+        shown = re.search(r'--set "(devices=.*)"$', str(caught.value))
+        assert shown and len(load_experiment("quickstart", [shown[1]]).devices) == 2
+    with pytest.raises(BadExperiment, match=re.escape('--set "search.limits=[macs<=5M]"')):
+        load_experiment("quickstart", ["search.limits[0]=macs<=3M"])
+    with pytest.raises(BadExperiment, match=re.escape('--set "space.widths=[FIRST, SECOND]"')):
+        load_experiment("quickstart", ["space.widths[1]=8"])
 
 
 def test_data_is_beside_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path = tmp_path.resolve()
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
         folder.mkdir()
