@@ -37,6 +37,8 @@ class Machine:
 
 def this_machine(cpuinfo: Path = CPUINFO) -> Machine:
     """Read the present machine; what the system does not tell is the platform's name for it."""
+    import onnxruntime  # its own word: the distribution may be onnxruntime-gpu or another
+
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     processors = [_fields(block) for block in text.split("\n\n") if block.strip()]
     first = processors[0] if processors else {}
@@ -49,7 +51,7 @@ def this_machine(cpuinfo: Path = CPUINFO) -> Machine:
         physical_cores=len(cores) or logical,
         logical_cores=logical,
         python=platform.python_version(),
-        onnxruntime=version("onnxruntime"),
+        onnxruntime=onnxruntime.__version__,
         numpy=version("numpy"),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 PACKAGES = ("fitnest", "torch", "onnxruntime", "onnx", "optuna", "numpy", "scikit-learn", "pandas", "matplotlib")
@@ -22,10 +22,12 @@ def versions() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
+    """The version of a package, or of another that brings its module, as onnxruntime-gpu does for onnxruntime."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return NOT_INSTALLED
+        others = packages_distributions().get(package)
+        return version(others[0]) if others else NOT_INSTALLED
 
 
 def commit_of(folder: Path) -> str:

@@ -35,6 +35,11 @@ def test_reads_names_cores_and_flags(tmp_path: Path) -> None:
     assert machine.python == platform.python_version()
 
 
+def test_the_version_of_the_runtime_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "9.8")  # with onnxruntime-gpu there is no package onnxruntime
+    assert this_machine().onnxruntime == "9.8"
+
+
 def test_reads_arm_and_survives_a_system_without_cpuinfo(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nFeatures : fp asimd asimddp\n")

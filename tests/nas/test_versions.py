@@ -54,6 +54,17 @@ def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert versions()["no-such-package"] == "not installed"
 
 
+def test_a_module_that_another_distribution_brings_has_the_version_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "fakeruntime_gpu-9.8.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: fakeruntime-gpu\nVersion: 9.8\n")
+    (told / "top_level.txt").write_text("fakeruntime\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert module.version_of("fakeruntime") == "9.8"
+
+
 def test_commit_of_a_checkout(checkout: Path) -> None:
     commit = commit_of(checkout / "package")
     assert len(commit) >= 7 and git(checkout, "rev-parse", "HEAD").startswith(commit)
