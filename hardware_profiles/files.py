@@ -26,6 +26,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_unfinished(file: Path, path: Path) -> bool:
+    """Whether a file is what a killed process left of writing `path`."""
+    return file.parent == path.parent and file.name.startswith(f".{path.name}.") and file.suffix == path.suffix
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

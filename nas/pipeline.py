@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from hardware_profiles import DeviceProfile, is_device_file, is_shipped, load_device
-from hardware_profiles.files import read_json, sha256_of, write_bytes, write_json, write_text
+from hardware_profiles.files import is_unfinished, read_json, sha256_of, write_bytes, write_json, write_text
 from nas.candidates import Costs, devices_of
 from nas.checkpoints import load_checkpoint
 from nas.config import BadExperiment, DeviceSettings, Experiment, read_experiment
@@ -73,7 +73,7 @@ class Run:
                     f"{folder} holds another experiment: {', '.join(changed)} differ; "
                     "use another --out, or delete the directory"
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and not all(is_unfinished(file, path) for file in folder.iterdir()):
             raise BadExperiment(f"{folder} is not empty and holds no experiment.yaml; use another --out")
         run._write()
         write_json(run._data_file, {"key": run.data.key})

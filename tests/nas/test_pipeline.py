@@ -463,6 +463,28 @@ def killed_when(path: Path, folder: Path, reached: Callable[[], bool]) -> bool:
     return False
 
 
+def test_a_folder_with_an_unfinished_first_write_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    killed = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from hardware_profiles.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('name: ti')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", killed, str(folder / "experiment.yaml")]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    (left,) = folder.iterdir()
+    (folder / "thesis.yaml").write_text("years of work")
+    with pytest.raises(BadExperiment, match="is not empty and holds no experiment"):
+        Run.create(folder, plan(tmp_path))
+    (folder / "thesis.yaml").unlink()
+    assert left.exists() and Run.create(folder, plan(tmp_path)).experiment == plan(tmp_path)
+    assert Run.open(folder).experiment.name == "tiny"
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_many_moments_ends_like_one_that_was_not(tmp_path: Path) -> None:
     path = tiny.write_experiment(tmp_path, train={"epochs": 6, "arithmetic": "fp32"})
