@@ -251,7 +251,7 @@ BAD_EXPERIMENTS: list[tuple[dict[str, Any], str]] = [
     ({"space": tiny.SPACE | {"family": "mobilenet", "resolutions": 8}}, "resolutions"),
     ({"space": tiny.SPACE | {"family": "mobilenet", "classes": 9}}, "the space has 9 classes"),
     ({"trian": {}}, "unknown key 'trian'; did you mean 'train'?"),
-    ({"data": {"path": "nowhere.npz"}}, "no data at 'nowhere.npz'"),
+    ({"data": {"path": "nowhere.npz"}}, "nowhere.npz': expected 'digits', an .npz file or a folder"),
     ({"data": {"path": "text.npz"}}, ".npz file"),
     ({"data": {"path": "mismatch.npz"}}, "30 images but 29 labels"),
     ({"data": {"path": "one.npz"}}, "the same class"),
@@ -282,9 +282,9 @@ def test_bad_input_is_one_line_and_writes_nothing(
     change: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = np.random.default_rng(0).integers(0, 255, (30, 8, 8), dtype=np.uint8)
-    np.savez("mismatch.npz", x_train=images, y_train=np.arange(29) % 3)
-    np.savez("one.npz", x_train=images, y_train=np.zeros(30, np.int64))
-    Path("text.npz").write_text("no arrays")
+    np.savez(tmp_path / "mismatch.npz", x_train=images, y_train=np.arange(29) % 3)
+    np.savez(tmp_path / "one.npz", x_train=images, y_train=np.zeros(30, np.int64))
+    (tmp_path / "text.npz").write_text("no arrays")
     path = tiny.write_experiment(tmp_path, **change)
     before = files(tmp_path)
     for verb in ("run", "train"):
