@@ -529,23 +529,31 @@ def _doctor(parsed: argparse.Namespace) -> None:
 # printing ------------------------------------------------------------------------------------------------
 
 
+LEFT = "*"  # before what left the front once it was measured
+BELIEVED = {
+    "accuracy": "in the search",
+    "latency_ms": "predicted",
+}  # what stands beside a figure that was measured anew
+
+
 def table(front: ParetoFront) -> str:
-    """The front as text, objectives first, in units a person reads."""
+    """The front as text, objectives first, in units a person reads; what left it once measured comes below, marked."""
     from nas.plot import title_of
 
+    rows = [*front.points, *front.departed]
     ours = {o.key for o in front.objectives if not o.foreign}
     foreign_table = len(ours) < len(front.objectives)
     keys = [o.key for o in front.objectives]
     keys += [k for k in (front.points[0].figures if front.points else ()) if k not in keys]
-    columns: dict[str, list[str]] = {"id": [point.id for point in front.points]}
+    columns = {"id": [point.id for point in front.points] + [f"{LEFT} {one.id}" for one in front.departed]}
     for key in keys:
         name, _, device = key.partition("@")
         title, scale = title_of(key, foreign_table and key not in ours)
         title = title.replace(f" on {device}", f" {device}")
-        columns[title] = [_number(point[key] * scale) for point in front.points]
-        if name == "latency_ms" and any(key in point.predicted for point in front.points):
-            columns[f"predicted {device}"] = [
-                _number(point.predicted[key].value * scale) if key in point.predicted else "" for point in front.points
+        columns[title] = [_number(row[key] * scale) for row in rows]
+        if name in BELIEVED and any(key in row.predicted for row in rows):
+            columns[f"{BELIEVED[name]} {device}".rstrip()] = [
+                _number(row.predicted[key].value * scale) if key in row.predicted else "" for row in rows
             ]
     return "\n".join([*_aligned(columns, str.rjust), _footer(front)])
 
@@ -627,7 +635,10 @@ def _footer(front: ParetoFront) -> str:
             origins.setdefault(key, set()).add(figure.origin)
     said = [f"{key} {'/'.join(sorted(found))}" for key, found in origins.items() if found != {"exact"}]
     noise = [f"noise of {key} {value:.1%}" for key, value in (front.noise or {}).items()]
-    return f"{len(front.points)} non-dominated subnets; {'; '.join([*said, *noise])}"
+    lines = [f"{len(front.points)} non-dominated subnets; {'; '.join([*said, *noise])}"]
+    if count := len(front.departed):
+        lines.append(f"{LEFT} {count} that the search had on its front and that left it once measured anew")
+    return "\n".join(lines)
 
 
 def _json(front: ParetoFront) -> str:

@@ -53,7 +53,7 @@ class ParetoFront:
 
     `others` were evaluated too, but are dominated or beyond a limit; they are kept for pictures, and for
     `nas.remeasure`, where they may turn out to be on the front. `noise` is the relative difference of repeated
-    measurements by objective.
+    measurements by objective. `left` are the ids of those that were on the front until they were measured.
     """
 
     objectives: tuple[Objective, ...]
@@ -63,6 +63,12 @@ class ParetoFront:
     supernet_sha256: str = ""
     limits: tuple[Limit, ...] = ()
     noise: Mapping[str, float] | None = None
+    left: tuple[str, ...] = ()
+
+    @property
+    def departed(self) -> tuple[Evaluation, ...]:
+        """What a search had on its front, and what is not on it any longer since it was measured."""
+        return tuple(evaluation for evaluation in self.others if evaluation.id in self.left)
 
     @classmethod
     def of(
@@ -138,7 +144,9 @@ class ParetoFront:
             self._known(limit.key)
         kept = tuple(point for point in self.points if meets(point, limits))
         others = (*self.others, *(point for point in self.points if not meets(point, limits)))
-        return replace(self, points=kept, others=others, limits=tuple(dict.fromkeys((*self.limits, *limits))))
+        left = tuple(evaluation.id for evaluation in self.departed if meets(evaluation, limits))
+        limits = tuple(dict.fromkeys((*self.limits, *limits)))
+        return replace(self, points=kept, others=others, limits=limits, left=left)
 
     def per_device(self) -> dict[str, ParetoFront]:
         """The front of each device that an objective names: by the objectives without a device, and its own.
@@ -287,6 +295,7 @@ class ParetoFront:
             limits = tuple(_limit_from(text, objectives, keys) for text in content["limits"])  # type: ignore[attr-defined]
             noise = {str(key): float(value) for key, value in content["noise"].items()}  # type: ignore[attr-defined]
             space, sha256 = str(content["space"]), str(content["supernet_sha256"])
+            left = tuple(map(str, content.get("left", ())))  # type: ignore[call-overload]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not a complete front ({error!r}); run the search again") from None
         return cls(
@@ -297,6 +306,7 @@ class ParetoFront:
             sha256,
             limits,
             noise or None,
+            left,
         )
 
 
@@ -372,6 +382,7 @@ def to_dict(front: ParetoFront) -> dict[str, object]:
         "noise": dict(front.noise or {}),
         "per_device": {name: [point.id for point in part.points] for name, part in front.per_device().items()},
         "points": [_to_dict(point) for point in front.points],
+        "left": list(front.left),
         "others": [_to_dict(point) for point in front.others],
     }
 

@@ -107,6 +107,9 @@ def plot_front(front: ParetoFront, path: Path) -> None:
     if others:
         x, y = values_of(others, horizontal), values_of(others, vertical)
         axes.scatter(x, y, s=14, color="0.8", label="not on the front", zorder=1)
+    if departed := front.departed:
+        x, y = values_of(departed, horizontal), values_of(departed, vertical)
+        axes.scatter(x, y, s=34, marker="x", color="tab:red", label="left the front once measured", zorder=2)
     points = front.points
     x, y = values_of(points, horizontal), values_of(points, vertical)
     axes.errorbar(x, y, xerr=_bars(points, horizontal), fmt="none", ecolor="0.5", elinewidth=0.8, zorder=2)

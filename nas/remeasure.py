@@ -33,7 +33,7 @@ def remeasure(
     The candidates are the first non-dominated layers of everything the search evaluated, since those just
     behind the front may turn out to be on it. They are exported as they would be deployed and measured in two
     later processes; what two measurements of one model differ by (90 % quantile) is the noise, and a lead
-    within it counts for nothing.
+    within it counts for nothing. Those that leave the front by this are its `departed`.
 
     Raises Infeasible when no candidate meets the limits once it was measured, and
     hardware_profiles.host_cpu.NoisyMachine when the machine stays slow.
@@ -80,7 +80,9 @@ def remeasure(
         raise Infeasible(f"once measured, {nearest_message(again, front.limits)}")
     seen = {e.id for e in again}
     rest = (e for e in (*front.points, *front.others) if e.id not in seen)
-    return replace(fresh, others=(*fresh.others, *rest))
+    kept = {e.id for e in fresh.points}
+    left = dict.fromkeys([*front.left, *(e.id for e in front.points if e.id in seen)])
+    return replace(fresh, others=(*fresh.others, *rest), left=tuple(id_ for id_ in left if id_ not in kept))
 
 
 def _layers(evaluations: Sequence[Evaluation], front: ParetoFront, count: int) -> list[Evaluation]:

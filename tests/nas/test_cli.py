@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -578,6 +579,31 @@ def test_a_limit_beyond_memory_is_shown_in_the_table() -> None:
     assert table(noisy).endswith(
         "2 non-dominated subnets; accuracy measured; latency_ms@toy predicted; noise of accuracy 1.0%"
     )
+
+
+def test_what_left_the_front_once_measured_is_marked_below_it_with_what_was_believed() -> None:
+    from nas.cli import table
+
+    measured = [
+        replace(
+            point,
+            figures=point.figures | {"latency_ms@toy": Figure(latency_ms, None, None, "measured")},
+            predicted={"latency_ms@toy": point.figures["latency_ms@toy"], "accuracy": Figure.share(0.65, 100)},
+        )
+        for point, latency_ms in zip(FRONT.points, (1.5, 5.0, 4.5), strict=True)
+    ]
+    front = replace(ParetoFront.of(measured, FRONT.objectives), left=("ab2",))
+    lines = table(front).splitlines()
+    titles = re.split(r"  +", lines[0].strip())
+    assert titles[1:5] == ["accuracy (%)", "in the search", "latency (ms) toy", "predicted toy"]
+    assert [line.split()[:-1] for line in lines[1:4]] == [
+        ["aa1", "70", "65", "1.5", "1"],
+        ["cd3", "90", "65", "4.5", "4"],
+        ["*", "ab2", "80", "65", "5", "2"],
+    ]
+    assert lines[4].startswith("2 non-dominated subnets; ")
+    assert lines[5] == "* 1 that the search had on its front and that left it once measured anew"
+    assert "*" not in table(replace(front, left=()))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["devices"], ["spaces"]])

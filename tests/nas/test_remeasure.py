@@ -115,6 +115,34 @@ def test_the_front_is_that_of_held_out_images_and_measured_latencies(
     assert len(front.points) + len(front.others) == len(everything)
 
 
+def test_what_leaves_the_front_once_measured_is_marked_until_it_comes_back(
+    evaluator: Evaluator, found: ParetoFront, host: ProfiledDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "measure", Bench({}))
+    searched = {e.id for e in found.points}
+    front = nas.remeasure(found, evaluator, {"host-cpu": host})
+    on_front = {e.id for e in front.points}
+    assert searched - on_front and on_front - searched  # believing in MACs as latencies is wrong both ways
+    assert set(front.left) == {e.id for e in front.departed} == searched - on_front
+    front.save(tmp_path / "front.json")
+    assert ParetoFront.load(tmp_path / "front.json") == front
+    slow = max(front.departed, key=lambda e: e[KEY])
+    bound = slow[KEY] * 0.999
+    assert [e.id for e in front.filter([at_most("latency_ms", bound, "host-cpu")]).departed] == [
+        e.id for e in front.departed if e[KEY] <= bound
+    ]
+    few = nas.remeasure(front, evaluator, {"host-cpu": host}, candidates=2)  # of the others nothing new is known
+    assert set(front.left) <= set(few.left) and len(few.left) == len(set(few.left))
+    assert not set(few.left) & {e.id for e in few.points}
+    unmeasured = {e.id for e in front.points} - {e.id for e in few.points}
+    assert unmeasured and not unmeasured & set(few.left)
+    came_back = replace(found, left=tuple(e.id for e in (*found.points, *found.others)))
+    assert (
+        set(nas.remeasure(came_back, evaluator, {"host-cpu": host}).left)
+        == {e.id for e in (*found.points, *found.others)} - on_front
+    )
+
+
 def test_models_are_measured_as_they_would_be_deployed(
     evaluator: Evaluator, found: ParetoFront, host: ProfiledDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
