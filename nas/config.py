@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
+from hardware_profiles.device import is_device_file
 from nas import coreset as coresets
 from nas.costs import Limit, Objective, check_confidence, check_objectives, parse_limit, parse_objective
 from nas.data import DIGITS
@@ -200,10 +201,14 @@ def _read(path: Path, overrides: Iterable[str], folder: Path) -> Experiment:
 
 
 def _make_absolute(content: Mapping[str, Any], folder: Path) -> None:
-    """Take a relative path of the data from a folder, so that the experiment means the same in any other."""
+    """Take relative paths of data and devices from a folder, so that the experiment means the same in any other."""
     data = content.get("data")
     if isinstance(data, dict) and isinstance(data.get("path"), str) and data["path"] != DIGITS:
         data["path"] = str((folder / data["path"]).resolve())
+    devices = content.get("devices")
+    for device in devices if isinstance(devices, list) else ():
+        if isinstance(device, dict) and isinstance(device.get("name"), str) and is_device_file(device["name"]):
+            device["name"] = str((folder / device["name"]).resolve())
 
 
 def _override(content: dict[str, Any], override: str) -> None:

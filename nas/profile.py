@@ -36,6 +36,12 @@ CANDIDATES = 400  # subnets that are looked at for the least certain
 RECORD_SCHEMA = "fitnest.measurements.1"
 
 
+# Far above what networks of a batch of one reach on any device of the kind, so that milliseconds are never doubted:
+# a Cortex-M7 of 480 MHz has 2 MACs a cycle, sixteen cores with VNNI 128 each, the largest chips for phones and cars
+# promise some 1e14 operations a second and reach a fraction of it.
+MOST_MACS_PER_S = {"mcu": 5e9, "cpu": 2e12, "gpu": 1e13, "npu": 5e13}
+
+
 def anchor_record() -> Path:
     """Where the best times ever seen of this machine's anchor network are kept, for all runs."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -101,6 +107,7 @@ def profile(
         reached = history[-1][1]
         log.info("%d subnets measured: 90 %% of those left out are within %.1f %%", len(plan.measured), 100 * reached)
         if reached <= error or not plan.extend(predictor, [found[str(one)].latency_ms for one in plan.measured]):
+            warn_of_seconds(space, device, {one: found[str(one)] for one in plan.measured})
             return ProfiledDevice(device, predictor)
 
 
@@ -138,6 +145,7 @@ def fit_few(
     source: Mapping[str, str] | None = None,
 ) -> NewDevicePredictor:
     """A predictor from few measurements; `source` is added to its provenance."""
+    warn_of_seconds(space, device, measured)
     everything = list(dict.fromkeys([*measured, *_pool(space, device, seed)]))
     networks = [space.lower(one) for one in everything]
     latency_ms = [one.latency_ms for one in measured.values()]
@@ -226,6 +234,21 @@ def _fit(
     predictor.fit(networks, latencies, provenance, representative=plan.representative, groups=processes)
     history.append((len(measured), round(predictor.report()["relative_error_90"], 5)))
     return predictor
+
+
+def warn_of_seconds(space: SearchSpace, device: DeviceProfile, measured: Mapping[Architecture, Measurement]) -> None:
+    """Warn of latencies that are too short to be milliseconds on a device of this kind."""
+    median = float(np.median([space.lower(one).macs / (one_ms.latency_ms / 1000) for one, one_ms in measured.items()]))
+    most = MOST_MACS_PER_S[device.kind]
+    if median > most:
+        log.warning(
+            "%s: half of the networks run more than %.2g MACs a second, which no %s does (%.2g at most): latencies are "
+            "expected in milliseconds; were these in seconds?",
+            device.name,
+            median,
+            device.kind,
+            most,
+        )
 
 
 def provenance_of(measured: Mapping[Architecture, Measurement]) -> dict[str, Any]:

@@ -4,8 +4,9 @@
 
 A predictor is fitted on `samples` measured subnets of the recipe's space. Then, in later processes and from another
 seed, three sets of subnets spread over MACs are measured twice: all fp32, all int8, and of mixed precision. Of each:
-how many predictions are within 10 % of the mean of the two measurements, their rank correlation, the share that the
-90 % interval contains, and how far the two measurements lie apart (the noise floor, which no prediction can beat).
+how many predictions are within 10 % of the mean of the two measurements, their rank correlation, the share of single
+measurements that the 90 % interval contains, and how far the two measurements lie apart (the noise floor, which no
+prediction can beat).
 `macs` is a line through the MACs of the same training subnets.
 
 `plan`: what choosing what to measure brings. From all that was measured, predictors are fitted again on 40 drawn
@@ -75,12 +76,12 @@ def judged(
     assert found.low_ms is not None
     assert found.high_ms is not None
     macs = np.array([space.lower(one).macs for one in architectures], float)
-    inside = (found.low_ms <= measured_ms) & (measured_ms <= found.high_ms)
+    inside = [(found.low_ms <= each) & (each <= found.high_ms) for each in (once, twice)]
     apart = np.abs(once - twice) / measured_ms
     return {
         "networks": len(architectures),
         "latency_ms": [float(measured_ms.min()), float(measured_ms.max())],
-        "ours": {**_errors(found.mean_ms, measured_ms), "coverage_of_90_percent_interval": float(inside.mean())},
+        "ours": {**_errors(found.mean_ms, measured_ms), "coverage_of_90_percent_interval": float(np.mean(inside))},
         "macs": _errors(with_constant(macs[:, None]) @ line, measured_ms),
         "repeat": {"median": float(np.median(apart)), "p90": float(np.quantile(apart, 0.9)), "max": float(apart.max())},
     }

@@ -144,6 +144,13 @@ def test_data_is_beside_the_file_that_names_it(tmp_path: Path, monkeypatch: pyte
         path_of("images", "data.path=3")
     assert load_experiment("cifar10").data.path == str(here / "cifar10.npz")  # not beside the shipped file
 
+    def devices_of(names: list[str], *overrides: str) -> list[str]:
+        write(there, tiny.experiment(tmp_path, devices=[{"name": name} for name in names]))
+        return [device.name for device in load_experiment("../there/experiment.yaml", overrides).devices]
+
+    assert devices_of(["mine.yaml", "host-cpu"]) == [str(there / "mine.yaml"), "host-cpu"]
+    assert devices_of(["../a/mine.yml"], "devices=[{name: ./mine.yaml}]") == [str(here / "mine.yaml")]
+
 
 def test_equal_files_are_equal_experiments(tmp_path: Path) -> None:
     path = write(tmp_path, tiny.experiment(tmp_path))

@@ -19,6 +19,7 @@ from hardware_profiles import load_device
 from nas.cli import BAD_INPUT, DONE, main
 from nas.config import BadExperiment, DeviceSettings
 from nas.costs import ProfiledDevice
+from nas.offline import profile_measured
 from nas.pipeline import Run
 from nas.profile import informative
 from predictors import LatencyPredictor, NewDevicePredictor
@@ -101,6 +102,28 @@ def test_a_plan_is_measured_and_becomes_a_profile(
     assert np.median(np.abs(np.array(predicted) / [true_ms(run, one) for one in fresh] - 1)) < 0.05
     with pytest.raises(BadExperiment, match=r"profiled on the measurements in plan\.csv; give --measurements again"):
         again.profile(DeviceSettings(str(board)))
+
+
+@pytest.mark.parametrize("count", [10, 60])
+@pytest.mark.parametrize("kind", ["mcu", "cpu", "gpu"])
+def test_latencies_in_seconds_are_doubted_and_milliseconds_are_not(
+    count: int, kind: str, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A small network takes 0.1 ms on a CPU, a tenth of that on a GPU, and ten seconds on a slow microcontroller."""
+    path = tmp_path / "one.yaml"
+    path.write_text(tiny.device_yaml("one", kind=kind, latency={"origin": "measured", "source": "by hand"}))
+    device, rng = load_device(path), np.random.default_rng(3)
+    chosen = list(dict.fromkeys(run.space.sample(rng) for _ in range(4 * count)))[:count]
+    macs_per_s = {"mcu": 3e7, "cpu": 2e10, "gpu": 1e11}[kind]
+    for factor, doubted in ((1.0, False), (1e-3, True)):
+        caplog.clear()
+        table = tmp_path / f"{factor}.csv"
+        with table.open("w", newline="") as stream:
+            rows = csv.writer(stream)
+            rows.writerow(["architecture", "latency_ms"])
+            rows.writerows([str(a), factor * 1000 * run.space.lower(a).macs / macs_per_s] for a in chosen)
+        profile_measured(run.space, device, table, seed=0)
+        assert ("were these in seconds?" in caplog.text) == doubted
 
 
 def test_many_measurements_are_fitted_alone(run: Run, board: Path, tmp_path: Path) -> None:
