@@ -5,8 +5,8 @@
 The objective costs nothing: two sums over 20 choices of 4 options each, one with interactions. SQLite is opened as
 `nas.search` opens it, with a write-ahead log. `ms_a_trial` is the mean over all trials and `last_ms_a_trial` that over
 the last tenth; `slowest_ms` is of one trial, which for ours holds a whole proposal round: predictors are fitted and a
-generation is chosen. `sqlite_over_memory` is the ratio of the means. `process_ms_a_trial` is the processor time, which other
-work on the machine disturbs less.
+generation is chosen. `sqlite_over_memory` is the ratio of the means. `process_ms_a_trial` is the processor time, which
+other work on the machine disturbs less.
 """
 
 from __future__ import annotations
