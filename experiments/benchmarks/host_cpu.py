@@ -183,13 +183,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for _ in range(2)
     )
     measured = {one: (first[one.id].latency_ms + second[one.id].latency_ms) / 2 for one in everything}
+    judgements = {name: judged(space, each, device, first, second, line) for name, each in sets.items()}
+    covered = [each["ours"]["coverage_of_90_percent_interval"] for each in judgements.values()]
     finish(
         {
             **about([asked.seed]),
+            "device": asked.device,
             "recipe": asked.recipe,
             "space": space.name,
             "predictor": {**device.predictor.report(), "history": device.predictor.provenance["history"]},
-            "held_out": {name: judged(space, each, device, first, second, line) for name, each in sets.items()},
+            "held_out": judgements,
+            "coverage_of_90_percent_interval": float(np.mean(covered)),
             "plan": plans(space, measured, asked.seed),
             "million_predictions_s": million(space, device.predictor, asked.seed),
         },

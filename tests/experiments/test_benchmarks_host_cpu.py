@@ -57,6 +57,8 @@ def test_what_it_writes_is_true_of_the_processor(
         assert held_out["ours"]["median_error"] < 0.02 < held_out["macs"]["median_error"]
         assert 0.005 < held_out["repeat"]["median"] < 0.02 <= held_out["repeat"]["max"]
         assert held_out["ours"]["coverage_of_90_percent_interval"] > 0.75
+    covered = [each["ours"]["coverage_of_90_percent_interval"] for each in told["held_out"].values()]
+    assert told["coverage_of_90_percent_interval"] == pytest.approx(sum(covered) / 3)
     assert told["plan"]["measured"] == 64
     assert told["plan"]["drawn"]["spearman"][0] > 0.9 < told["plan"]["half_picked"]["spearman"][0]
     assert set(told["million_predictions_s"]) == {"empty_table", "filled_table"}
