@@ -12,7 +12,8 @@ import pytest
 
 from nas.candidates import Costs
 from nas.costs import Infeasible, Limit, ProfiledDevice, maximize
-from nas.limits import Reachable, reachable
+from nas.dominance import dominated
+from nas.limits import Range, Reachable, reachable
 from search_spaces import MobileNet, SearchSpace
 from tests.nas import tiny
 
@@ -209,3 +210,90 @@ def test_limits_at_a_confidence_are_proven_impossible_together_by_the_ends_of_in
         assert check(listed, limits) == can
     with pytest.raises(Infeasible, match=r"no architecture meets .* together, though each alone can be met"):
         listed.judge(limits)
+
+
+@pytest.mark.parametrize(
+    ("operator", "value", "always", "never"),
+    [
+        ("<=", 4, False, True),
+        ("<=", 5, False, False),
+        ("<=", 8, False, False),
+        ("<=", 9, True, False),
+        (">=", 5, True, False),
+        (">=", 6, False, False),
+        (">=", 9, False, False),
+        (">=", 10, False, True),
+    ],
+)
+def test_what_a_range_from_5_to_9_says_of_a_limit(operator: str, value: float, always: bool, never: bool) -> None:
+    found = Range(_limit("macs", operator, value), 5.0, 9.0, True, True, None, 0)
+    assert (found.always_met, found.never_met) == (always, never)
+    worst_is_found = Range(found.limit, 5.0, 9.0, operator == "<=", operator == ">=", None, 0)
+    assert not worst_is_found.always_met and worst_is_found.never_met == never and worst_is_found.best_is_exact
+
+
+def test_a_figure_with_and_without_a_confidence_has_two_ranges(listed: Listed) -> None:
+    limits = [_limit("latency_ms@toy", "<=", 1e6, confidence) for confidence in (None, 0.95)]
+    found = {each.limit: each for each in listed.judge(limits).ranges}
+    assert len({found[limit].least for limit in limits}) == 2
+    for limit in limits:
+        assert found[limit].least == pytest.approx(min(listed.values(limit)), rel=1e-9)
+
+
+def test_two_limits_that_meet_in_a_point_are_told_from_two_that_just_miss(listed: Listed) -> None:
+    keys = [key for key in listed.keys if not key.startswith(("sram_bytes", "int8_macs_share"))]
+    tried = 0
+    for key, other in itertools.permutations(keys, 2):
+        values, others = (listed.values(_limit(each, "<=", 1.0)) for each in (key, other))
+        least = float(np.quantile(values, 0.3))
+        most = float(others[values >= least].min())
+        if most <= others.min() * (1 + 1e-6) or key.endswith("@toy") and "arena" not in listed.devices:
+            continue
+        assert check(listed, [_limit(key, ">=", least), _limit(other, "<=", most * (1 + 1e-12))])
+        assert not check(listed, [_limit(key, ">=", least), _limit(other, "<=", most * (1 - 1e-6))])
+        tried += 1
+    assert tried > 5
+
+
+def test_limits_that_one_architecture_just_meets_are_met(listed: Listed) -> None:
+    """Those of each architecture that does the most MACs for what it costs: next to nothing else meets them."""
+    keys = ["macs", "model_bytes", "latency_ms@toy"]
+    keys += ["latency_ms@arena"] if "arena" in listed.devices else []
+    signs = np.array([-1.0, *[1.0] * (len(keys) - 1)])
+    costs = np.unique(signs * np.stack([listed.values(_limit(key, "<=", 1.0)) for key in keys], axis=1), axis=0)
+    best = costs[~dominated(costs)]
+    assert len(best) > 10
+    for row in best[:: max(1, len(best) // 40)]:
+        least, *most = signs * row
+        limits = [_limit("macs", ">=", least)]
+        limits += [_limit(key, "<=", value * (1 + 1e-12)) for key, value in zip(keys[1:], most, strict=True)]
+        assert check(listed, limits)
+
+
+def test_what_binds_leaves_out_limits_that_have_no_part_in_it(listed: Listed) -> None:
+    macs, latency = (listed.values(_limit(key, "<=", 1.0)) for key in ("macs", "latency_ms@toy"))
+    bound = float(np.median(macs))
+    conflict = [
+        _limit("macs", ">=", bound),
+        _limit("latency_ms@toy", "<=", float(latency[macs >= bound].min()) * 0.99),
+    ]
+    params = listed.values(_limit("params", "<=", 1.0))
+    idle = [_limit("params", "<=", float(np.quantile(params, 0.9))), _limit("model_bytes", ">=", 1.0)]
+    for limits in ([*idle, *conflict], [conflict[0], *idle, conflict[1]], [*conflict, *idle]):
+        with pytest.raises(Infeasible) as caught:
+            listed.judge(limits)
+        assert binding_of(str(caught.value), limits) == conflict
+
+
+def test_a_refusal_that_is_not_proven_says_that_nothing_was_found(listed: Listed) -> None:
+    """The most of a latency that may run in patches is only found."""
+    macs, latency = (listed.values(_limit(key, "<=", 1.0)) for key in ("macs", "latency_ms@toy"))
+    bound = float(np.quantile(macs, 0.1))
+    limits = [
+        _limit("macs", "<=", bound),
+        _limit("latency_ms@toy", ">=", float(latency[macs <= bound].max()) * 1.05),
+    ]
+    with pytest.raises(Infeasible) as caught:
+        listed.judge(limits)
+    known = "arena" in listed.devices  # which runs nothing in patches
+    assert str(caught.value).startswith("no architecture meets" if known else "no architecture found meets")
