@@ -247,7 +247,7 @@ def test_two_limits_that_meet_in_a_point_are_told_from_two_that_just_miss(listed
         values, others = (listed.values(_limit(each, "<=", 1.0)) for each in (key, other))
         least = float(np.quantile(values, 0.3))
         most = float(others[values >= least].min())
-        if most <= others.min() * (1 + 1e-6) or key.endswith("@toy") and "arena" not in listed.devices:
+        if most <= others.min() * (1 + 1e-6) or (key.endswith("@toy") and "arena" not in listed.devices):
             continue
         assert check(listed, [_limit(key, ">=", least), _limit(other, "<=", most * (1 + 1e-12))])
         assert not check(listed, [_limit(key, ">=", least), _limit(other, "<=", most * (1 - 1e-6))])
