@@ -14,6 +14,14 @@ Models of GPUs have two more, that a fit which does not ask for them never sees 
                   cost that much more each
     reduction     products in one output element: a thread sums them one after the other, however few the outputs
 
+Kernels of CPUs compute a block of channels at once, as many as a vector register holds, in layouts of their own. A
+model with a `channel_block` has four more (`block_features`):
+
+    padded_macs     of a convolution, were its channels filled up to whole blocks
+    narrow_count    convolutions with fewer channels than a block, in or out: mostly filling, or read in another layout
+    unfused_count   float adds of what was made in integers: the convolution before cannot add it itself
+    unfused_bytes   what these read and write
+
 A layer of a patch stage counts with what all patches together compute, unclipped (`hardware_profiles.patches`): its
 kernel is started, and its parameters are read, once a patch.
 
@@ -37,6 +45,7 @@ from search_spaces.layers import FREE_ACTIVATIONS
 FREE_KINDS = ("parameter",)  # constants: read where they are stored
 QUANTITIES = ("count", "macs", "bytes", "weight_bytes")
 SHAPE_QUANTITIES = ("direct_macs", "reduction")
+BLOCK_QUANTITIES = ("padded_macs", "narrow_count", "unfused_count", "unfused_bytes")
 WINOGRAD_CHANNELS = 16  # the fewest, in and out, for which ncnn's Vulkan convolution uses Winograd's algorithm
 FAMILIES = (
     "conv",
@@ -131,20 +140,23 @@ def conversions_of(layers: Sequence[Layer], given: Mapping[str, bool]) -> Iterat
         integer[layer.name] = wanted
 
 
-def features(network: Network) -> dict[str, float]:
-    """Additive features of a network: `family.precision.quantity` -> total."""
-    return features_of(network.layers, {INPUT: False}, computed_positions(network))
+def features(network: Network, channel_block: int = 0) -> dict[str, float]:
+    """Additive features of a network: `family.precision.quantity` -> total; with `block_features` for a block."""
+    return features_of(network.layers, {INPUT: False}, computed_positions(network), channel_block)
 
 
 def features_of(
-    layers: Sequence[Layer], given: Mapping[str, bool], positions: Mapping[str, int] | None = None
+    layers: Sequence[Layer],
+    given: Mapping[str, bool],
+    positions: Mapping[str, int] | None = None,
+    channel_block: int = 0,
 ) -> dict[str, float]:
     """The same for a part of a network, `given` the tensors it is fed with and whether they are integers.
 
     `positions` are those of `patches.computed_positions`, which a part with layers of a patch stage needs.
     """
     positions = positions or {}
-    totals: dict[str, float] = {}
+    totals = block_features(layers, given, positions, channel_block) if channel_block else {}
     for layer in layers:
         if layer.kind not in FREE_KINDS:
             precision, runs = layer.precision, layer.patches**2
@@ -170,6 +182,38 @@ def accumulate(
         if amount:
             key = f"{prefix}.{quantity}"
             totals[key] = totals.get(key, 0.0) + amount
+
+
+def block_features(
+    layers: Sequence[Layer], given: Mapping[str, bool], positions: Mapping[str, int], channel_block: int
+) -> dict[str, float]:
+    """What else the time of a CPU kernel depends on: `family.precision.quantity` of `BLOCK_QUANTITIES` -> total.
+
+    onnxruntime lays channels out in blocks of a vector register's length (16 floats with AVX-512, 8 with AVX2), fills
+    the last one up, and reads fewer than one block as they are, which turns what came before back into a plain layout.
+    Into a float convolution it fuses the add that follows, unless that waits for a tensor to be converted. These four
+    were chosen out of a dozen on one machine with AVX-512, where they halved the error (`host_cpu*.json`).
+    """
+    integer = dict(given)
+    totals: dict[str, float] = {}
+
+    def count(prefix: str, **amounts: float) -> None:
+        for quantity, amount in amounts.items():
+            if amount:
+                totals[f"{prefix}.{quantity}"] = totals.get(f"{prefix}.{quantity}", 0.0) + amount
+
+    for layer in layers:
+        integer[layer.name] = layer.precision.is_quantized
+        prefix, runs = f"{family_of(layer)}.{layer.precision.name}", layer.patches**2
+        if layer.kind == "conv2d":
+            channels = (layer.in_shapes[0][0] // layer.groups, layer.out_shape[0])
+            blocked = channels[1:] if layer.is_depthwise else channels
+            filled = prod(-(-count // channel_block) * channel_block for count in blocked)
+            macs = executed_layer_macs(layer, positions) // prod(blocked) * filled
+            count(prefix, padded_macs=macs, narrow_count=runs * (min(blocked) < channel_block))
+        elif layer.kind == "add" and not integer[layer.name] and any(integer[source] for source in layer.inputs):
+            count(prefix, unfused_count=runs, unfused_bytes=4 * moved_elements(layer, positions))
+    return totals
 
 
 def shape_features(layers: Sequence[Layer]) -> dict[str, float]:
@@ -202,10 +246,13 @@ class AdditiveModel:
 
     A coefficient of zero says that the family was there and cost nothing; a family and precision without
     any coefficient was never seen, and a network that has it is refused.
+
+    `channel_block` is how many channels its kernels compute at once; 0 where no coefficient is of `BLOCK_QUANTITIES`.
     """
 
     coefficients: Mapping[str, float]
     constant_ms: float = 0.0
+    channel_block: int = 0
 
     @cached_property
     def supported(self) -> frozenset[str]:
@@ -243,7 +290,8 @@ class AdditiveModel:
     ) -> float:
         """The same for a part of a network, without the constant; `given` and `positions` as in `features_of`."""
         total = 0.0
-        amounts = features_of(layers, given, positions) | (shape_features(layers) if self.prices_shapes else {})
+        amounts = features_of(layers, given, positions, self.channel_block)
+        amounts |= shape_features(layers) if self.prices_shapes else {}
         for name, amount in amounts.items():
             coefficient = self.coefficients.get(name)
             if coefficient is not None:

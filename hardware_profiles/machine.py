@@ -34,6 +34,16 @@ class Machine:
         """Whether x86 multiplies unsigned by signed bytes into 32 bits without an intermediate of 16."""
         return bool(VNNI_FLAGS & self.flags)
 
+    @property
+    def channel_block(self) -> int | None:
+        """How many channels onnxruntime's convolutions compute at once; None where it is not known.
+
+        MLAS lays floats out in blocks of 16 channels with AVX-512 and of 8 on any other x86 (`MlasNchwcGetBlockSize`).
+        """
+        if self.architecture.lower() not in X86 or not self.flags:
+            return None
+        return 16 if "avx512f" in self.flags else 8
+
 
 def this_machine(cpuinfo: Path = CPUINFO) -> Machine:
     """Read the present machine; what the system does not tell is the platform's name for it."""

@@ -16,7 +16,7 @@ from hardware_profiles import DeviceProfile, device_names, features, load_device
 from hardware_profiles.command_backend import CommandBackend
 from hardware_profiles.files import read_json, write_json
 from hardware_profiles.host_cpu import measure_models
-from hardware_profiles.machine import int8_weight_limit
+from hardware_profiles.machine import int8_weight_limit, this_machine
 from hardware_profiles.measurement import Measurement, repeat_noise
 from hardware_profiles.onnx_writer import random_ranges, random_weights, write_onnx
 from nas.costs import ProfiledDevice
@@ -176,7 +176,7 @@ class _Plan:
     """Which subnets are measured: extremes, `taken` of the drawn ones, and those picked for being uncertain."""
 
     def __init__(self, space: SearchSpace, device: DeviceProfile, samples: int, seed: int) -> None:
-        self.space, self.samples, self.seed = space, samples, seed
+        self.space, self.device, self.samples, self.seed = space, device, samples, seed
         self.extremes = [space.unpatched(one) for one in _extremes(space, device)]  # what is measured runs whole
         # one spread after the other, so that who asks for more samples keeps those there are
         spreads = [shuffled_spread(space, FEWEST_SAMPLES, [seed, 8, i]) for i in range(-(-samples // FEWEST_SAMPLES))]
@@ -195,10 +195,9 @@ class _Plan:
         return [one in drawn for one in self.measured]
 
     @cached_property
-    def candidates(self) -> list[tuple[Architecture, dict[str, float]]]:
+    def candidates(self) -> list[tuple[Architecture, Network]]:
         spread = sample_spread(self.space, CANDIDATES, np.random.default_rng([self.seed, 8]))
-        drawn = dict.fromkeys(map(self.space.unpatched, spread))
-        return [(one, features(self.space.lower(one))) for one in drawn]
+        return [(one, self.space.lower(one)) for one in dict.fromkeys(map(self.space.unpatched, spread))]
 
     def extend(self, predictor: LatencyPredictor, latency_ms: Sequence[float]) -> bool:
         """Add a batch; False where the samples are spent or the space is used up."""
@@ -206,12 +205,12 @@ class _Plan:
         room = self.samples - min(self.taken, len(self.drawn)) - len(self.picked)
         self.taken += min(BATCH // 2, room)
         measured = self.measured
-        left = [(one, row) for one, row in self.candidates if one not in set(measured)]
-        rows = [features(self.space.lower(one)) for one in measured[:before]]
+        model, held = predictor.model, set(measured)
+        left = [(one, features(network, model.channel_block)) for one, network in self.candidates if one not in held]
+        rows = [features(self.space.lower(one), model.channel_block) for one in measured[:before]]
         names = sorted({name for row in [*rows, *(row for _, row in left)] for name in row})
         known = matrix_of(rows, names) / np.array(latency_ms)[:, None]
         ahead = matrix_of([row for _, row in left], names)
-        model = predictor.model
         predicted_ms = ahead @ [model.coefficients.get(name, 0.0) for name in names] + model.constant_ms
         chosen = most_uncertain(known, ahead / predicted_ms[:, None], min(BATCH // 2, room - BATCH // 2))
         self.picked += [left[index][0] for index in chosen]
@@ -223,7 +222,8 @@ def _fit(
 ) -> LatencyPredictor:
     """The predictor on what is measured; its error is added to the history."""
     measured = plan.measured
-    predictor = LatencyPredictor(seed=seed)
+    block = this_machine().channel_block if plan.device.is_at_hand else None
+    predictor = LatencyPredictor(seed=seed, channel_block=block)
     networks = [plan.space.lower(one) for one in measured]
     latencies = [found[str(one)].latency_ms for one in measured]
     provenance = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,6 +24,7 @@ from predictors.regression import (
 )
 from search_spaces import Network, SearchSpace
 
+CHANNEL_BLOCKS = (1, 4, 8, 16, 32)  # channels that kernels may compute at once, from scalars to 1024 bits of floats
 FEWEST_NETWORKS = 10  # nine are needed for a 90 % interval, and one to be left out
 
 
@@ -84,6 +86,7 @@ class AdditivePredictor:
             "schema": self.SCHEMA,
             "version": self.VERSION,
             "constant_ms": self.model.constant_ms,
+            "channel_block": self.model.channel_block,
             "coefficients_ms": dict(self.model.coefficients),
             "relative_error_90": self._relative_error,
             "report": self._report,
@@ -97,7 +100,8 @@ class AdditivePredictor:
         try:
             predictor = cls._empty(document)
             coefficients = {str(name): float(value) for name, value in document["coefficients_ms"].items()}
-            predictor._model = AdditiveModel(coefficients, float(document["constant_ms"]))
+            block = int(document["channel_block"])
+            predictor._model = AdditiveModel(coefficients, float(document["constant_ms"]), block)
             predictor._relative_error = float(document["relative_error_90"])
             predictor._report = dict(document["report"])
             predictor._provenance = dict(document["provenance"])
@@ -114,23 +118,30 @@ class AdditivePredictor:
 class LatencyPredictor(AdditivePredictor):
     """Latency as a sum over layers, with non-negative coefficients of least squared relative error.
 
+    How many channels the kernels of the device compute at once is found where it is not given: of `CHANNEL_BLOCKS` the
+    one that predicts networks left out best.
+
     The 90 % interval is a share of the prediction to either side, by conformal prediction on the residuals of
     cross-validation. It holds for networks drawn like those of the fit.
 
     Args:
         folds: parts of the cross-validation.
         seed: of the split into folds; the same measurements and seed give the same predictor.
+        channel_block: channels that the device computes at once (`hardware_profiles.machine`); None where not known.
     """
 
     SCHEMA = "fitnest.latency_predictor"
-    VERSION = 1
+    VERSION = 2
 
-    def __init__(self, *, folds: int = 10, seed: int = 0) -> None:
+    def __init__(self, *, folds: int = 10, seed: int = 0, channel_block: int | None = None) -> None:
         if folds < 2:
             raise ValueError(f"expected at least two folds, got {folds}")
+        if channel_block is not None and channel_block < 1:
+            raise ValueError(f"expected blocks of one channel or more, got {channel_block}")
         super().__init__()
         self.folds = folds
         self.seed = seed
+        self.channel_block = channel_block
 
     def fit(
         self,
@@ -153,23 +164,24 @@ class LatencyPredictor(AdditivePredictor):
         Raises ValueError for fewer than 10 distinct networks, lengths that differ, or a latency that is not a
         positive number.
         """
-        rows = [features(network) for network in networks]
-        latency = np.asarray(latency_ms, dtype=np.float64)
-        names = sorted({name for row in rows for name in row})
-        matrix = matrix_of(rows, names)
-        _check(matrix, latency)
-        fold = folds_of(matrix, self.folds, np.random.default_rng(self.seed), groups)
+        plain, latency = _Rows.of(networks, 0), np.asarray(latency_ms, dtype=np.float64)
+        _check(plain.matrix, latency)
+        fold = folds_of(plain.matrix, self.folds, np.random.default_rng(self.seed), groups)
         judged = np.ones(len(latency), bool) if representative is None else np.asarray(representative, bool)
-        _check_judged(judged, matrix)
-        left_out = predict_left_out(with_constant(matrix), latency, fold)[judged]
-        *coefficients, constant = fit_coefficients(with_constant(matrix), latency).tolist()
-        self._model = AdditiveModel(dict(zip(names, coefficients, strict=True)), constant)
+        _check_judged(judged, plain.matrix)
+        blocks = CHANNEL_BLOCKS if self.channel_block is None else (self.channel_block,)
+        tried = [_Rows.of(networks, block) for block in blocks]
+        predictions = [rows.left_out(latency, fold) for rows in tried]
+        best = int(np.argmin([np.square(each / latency - 1).mean() for each in predictions]))
+        left_out = predictions[best][judged]
+        self._model = tried[best].model(latency)
         self._relative_error, _ = relative_interval(left_out, latency[judged])
         macs = with_constant(np.array([[float(network.macs)] for network in networks]))
         self._report = {
             "networks": len(latency),
             "judged_on": int(judged.sum()),
             "folds": int(fold.max()) + 1,
+            "channel_block": self._model.channel_block,
             **scores(left_out, latency[judged]),
             "relative_error_90": self._relative_error,
             "macs_only": scores(predict_left_out(macs, latency, fold)[judged], latency[judged]),
@@ -183,6 +195,28 @@ class LatencyPredictor(AdditivePredictor):
     @classmethod
     def _empty(cls, document: Mapping[str, Any]) -> Self:
         return cls(folds=int(document["folds"]), seed=int(document["seed"]))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Features of n networks (n, d) with their names, for kernels that compute so many channels at once."""
+
+    channel_block: int
+    names: tuple[str, ...]
+    matrix: np.ndarray
+
+    @classmethod
+    def of(cls, networks: Sequence[Network], channel_block: int) -> _Rows:
+        rows = [features(network, channel_block) for network in networks]
+        names = tuple(sorted({name for row in rows for name in row}))
+        return cls(channel_block, names, matrix_of(rows, names))
+
+    def left_out(self, latency_ms: np.ndarray, fold: np.ndarray) -> np.ndarray:
+        return predict_left_out(with_constant(self.matrix), latency_ms, fold)
+
+    def model(self, latency_ms: np.ndarray) -> AdditiveModel:
+        *coefficients, constant = fit_coefficients(with_constant(self.matrix), latency_ms).tolist()
+        return AdditiveModel(dict(zip(self.names, coefficients, strict=True)), constant, self.channel_block)
 
 
 def _check(matrix: np.ndarray, latency: np.ndarray) -> None:

@@ -23,7 +23,7 @@ class NewDevicePredictor(AdditivePredictor):
     """
 
     SCHEMA = "fitnest.new_device_predictor"
-    VERSION = 2
+    VERSION = 3
 
     def fit(
         self,

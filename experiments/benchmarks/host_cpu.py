@@ -118,9 +118,9 @@ def profiled(space: SearchSpace, asked: argparse.Namespace) -> tuple[ProfiledDev
     return device, fit_coefficients(with_constant(macs), np.array(list(latency_ms.values())))
 
 
-def plans(space: SearchSpace, measured: Mapping[Architecture, float], seed: int) -> dict[str, Any]:
+def plans(space: SearchSpace, measured: Mapping[Architecture, float], channel_block: int, seed: int) -> dict[str, Any]:
     """Errors on the same left-out subnets after the same number of measurements, chosen in two ways."""
-    rows = [features(space.lower(one)) for one in measured]
+    rows = [features(space.lower(one), channel_block) for one in measured]
     names = sorted({name for row in rows for name in row})
     matrix, latency = with_constant(matrix_of(rows, names)), np.array(list(measured.values()))
     found: dict[str, list[dict[str, float]]] = {"drawn": [], "half_picked": []}
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "predictor": {**device.predictor.report(), "history": device.predictor.provenance["history"]},
             "held_out": judgements,
             "coverage_of_90_percent_interval": float(np.mean(covered)),
-            "plan": plans(space, measured, asked.seed),
+            "plan": plans(space, measured, device.predictor.model.channel_block, asked.seed),
             "million_predictions_s": million(space, device.predictor, asked.seed),
         },
         asked.out,

@@ -12,6 +12,7 @@ from hardware_profiles.cost_model import (
     FAMILIES,
     AdditiveModel,
     UnsupportedLayer,
+    block_features,
     conversions,
     family_of,
     features,
@@ -155,6 +156,71 @@ def test_a_model_that_prices_shapes_adds_them_and_one_that_does_not_is_as_before
     direct = shape_features(network.layers)["conv.fp32.direct_macs"]
     shaped = AdditiveModel({**prices, "conv.fp32.direct_macs": 2.0, "linear.fp32.reduction": 3.0})
     assert shaped.latency_ms(network) == pytest.approx(plain + 2 * direct + 3 * 30, rel=1e-12)
+
+
+def test_block_features_counted_by_hand() -> None:
+    """In blocks of 16, 20 channels are 32, 12 are 16 and the image's 3 are 16."""
+    assert block_features(shaped_network().layers, {INPUT: False}, {}, 16) == {
+        "conv.fp32.padded_macs": 64 * 16 * 16 * 9
+        + 64 * 32 * 16 * 9
+        + 16 * 16 * 32 * 9
+        + 16 * 16 * 16 * 25
+        + 16 * 16 * 16 * 9,
+        "conv.fp32.narrow_count": 2,  # the stem, from 3 channels, and the one to 12
+        "depthwise.fp32.padded_macs": 16 * 16 * 9,
+        "depthwise.fp32.narrow_count": 1,
+        "pointwise.fp32.padded_macs": 16 * 16 * 32,
+        "pointwise.fp32.narrow_count": 1,
+    }
+
+
+def test_blocks_of_one_channel_fill_nothing_up() -> None:
+    network = shaped_network()
+    found, plain = block_features(network.layers, {INPUT: False}, {}, 1), features(network)
+    kernels = ("conv.fp32", "depthwise.fp32", "pointwise.fp32")
+    assert found == {f"{kernel}.padded_macs": plain[f"{kernel}.macs"] for kernel in kernels}
+
+
+def test_groups_are_filled_up_each_for_itself() -> None:
+    grouped = L.conv2d("grouped", Port(INPUT, (12, 4, 4)), 24, kernel=3, groups=2)
+    assert block_features([grouped], {INPUT: False}, {}, 8) == {
+        "grouped.fp32.padded_macs": 16 * 24 * 8 * 9,  # 6 channels of each group are 8
+        "grouped.fp32.narrow_count": 1,
+    }
+
+
+def test_a_float_add_of_integers_is_not_fused() -> None:
+    network = mixed_network()  # its float add reads floats only
+    assert not [name for name in block_features(network.layers, {INPUT: False}, {}, 1) if "unfused" in name]
+    first = L.conv2d("first", Port(INPUT, (2, 4, 4)), 2)
+    second = L.conv2d("second", port(first), 2, precision=INT8)
+    total = L.add("total", port(first), port(second))
+    last = L.add("last", port(total), port(first))
+    found = block_features(assemble((2, 4, 4), [(first, second, total, last)]).layers, {INPUT: False}, {}, 1)
+    unfused = {name: amount for name, amount in found.items() if "unfused" in name}
+    assert unfused == {"add.fp32.unfused_count": 1, "add.fp32.unfused_bytes": 4 * 3 * 32}
+    # of a part, what it is fed with says so
+    assert "add.fp32.unfused_count" not in block_features([last], {"total": False, "first": False}, {}, 1)
+    assert block_features([last], {"total": False, "first": True}, {}, 1)["add.fp32.unfused_count"] == 1
+
+
+def test_every_patch_has_blocks_of_its_own() -> None:
+    first = L.conv2d("first", Port(INPUT, (3, 8, 8)), 4, kernel=3, precision=INT8)
+    second = L.conv2d("second", port(first), 2, kernel=3, precision=INT8)
+    stage = tuple(replace(layer, patches=2) for layer in (first, second))
+    found = features(assemble((3, 8, 8), [stage]), 8)
+    assert found["conv.int8.narrow_count"] == 2 * 4
+    assert found["conv.int8.padded_macs"] == 4 * (36 * 8 * 8 * 9 + 16 * 8 * 8 * 9)
+
+
+def test_a_model_of_blocks_adds_them_and_one_without_is_as_before() -> None:
+    network = shaped_network()
+    prices = dict.fromkeys(features(network), 1.0)
+    plain = AdditiveModel(prices).latency_ms(network)
+    blocks = block_features(network.layers, {INPUT: False}, {}, 16)
+    blocked = AdditiveModel({**prices, **dict.fromkeys(blocks, 3.0)}, channel_block=16)
+    assert blocked.latency_ms(network) == pytest.approx(plain + 3 * sum(blocks.values()), rel=1e-12)
+    assert features(network, 16) == features(network) | blocks
 
 
 def test_a_family_that_cost_nothing_is_known_and_one_never_seen_is_refused_by_name() -> None:

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from hardware_profiles.machine import Machine, int8_weight_limit, this_machine
-from hardware_profiles.onnx_writer import write_onnx
+from hardware_profiles.onnx_writer import random_weights, write_onnx
 from search_spaces import INT8, Network
 from search_spaces.layers import Port, conv2d, linear, port, reshape
 
@@ -64,6 +65,36 @@ def test_reads_arm_and_survives_a_system_without_cpuinfo(tmp_path: Path) -> None
 )
 def test_weight_limit(machine: Machine, limit: int) -> None:
     assert int8_weight_limit(machine) == limit
+
+
+@pytest.mark.parametrize(
+    "machine, block",
+    [
+        (X86, 8),
+        (replace(X86, architecture="AMD64", flags=frozenset({"avx2", "avx512f"})), 16),
+        (replace(X86, flags=frozenset()), None),
+        (replace(X86, architecture="aarch64", flags=frozenset({"asimd"})), None),
+    ],
+)
+def test_channel_block(machine: Machine, block: int | None) -> None:
+    assert machine.channel_block == block
+
+
+def test_onnxruntime_fills_channels_up_to_the_block_of_this_machine(tmp_path: Path) -> None:
+    """Oracle: the weights that onnxruntime itself lays out for its blocked convolution."""
+    block = this_machine().channel_block
+    if block is None:
+        pytest.skip("how many channels this machine computes at once is not known")
+    source = Port("input", (36, 4, 4))
+    network = Network(source.shape, (conv2d("a", source, 68, kernel=1, norm=False),))
+    weights = random_weights(network, np.random.default_rng(0))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns that the file is for this machine only
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    model = write_onnx(network, weights).SerializeToString()
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    shapes = {tuple(each.dims) for each in onnx.load(tmp_path / "optimized.onnx").graph.initializer}
+    assert (-(-68 // block) * block, -(-36 // block) * block, 1, 1) in shapes, shapes
 
 
 def _sum_of_ones(kind: str, limit: int) -> tuple[float, float]:

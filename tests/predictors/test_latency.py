@@ -54,6 +54,49 @@ def test_its_table_predicts_codes_as_it_predicts_networks(fitted: LatencyPredict
         LatencyPredictor().table(SPACE)
 
 
+def block_price(network: Network) -> float:
+    """A device that computes eight channels at once, and has a slower kernel for convolutions with fewer."""
+    total = 0.004
+    for layer in network.layers:
+        if layer.kind == "conv2d":
+            inputs, outputs = (-(-count // 8) * 8 for count in (layer.in_shapes[0][0], layer.out_shape[0]))
+            products = layer.kernel**2 * outputs * (1 if layer.is_depthwise else inputs)
+            total += 2e-8 * products * layer.out_shape[1] * layer.out_shape[2]
+            total += 0.002 + 0.003 * (min(layer.in_shapes[0][0], layer.out_shape[0]) < 8)
+    return total
+
+
+NARROW = MobileNet(resolutions=(8, 12), channels=1, widths=(4, 12, 20), width_multipliers=(0.5, 1.0, 2.0), divisor=4)
+
+
+def narrow(count: int, seed: int) -> tuple[list[Network], list[float]]:
+    rng = np.random.default_rng(seed)
+    networks = [NARROW.lower(NARROW.sample(rng)) for _ in range(count)]
+    return networks, [block_price(network) for network in networks]
+
+
+@pytest.mark.parametrize("given", [None, 8])
+def test_it_finds_how_many_channels_a_device_computes_at_once(given: int | None, tmp_path: Path) -> None:
+    predictor = LatencyPredictor(channel_block=given).fit(*narrow(72, seed=0))
+    networks, latency = narrow(40, seed=1)
+    assert predictor.report()["channel_block"] == 8
+    assert [one.mean_ms for one in predictor.predict(networks)] == pytest.approx(latency, rel=0.01)
+    codes = NARROW.encode([NARROW.sample(np.random.default_rng(2)) for _ in range(40)])
+    single = predictor.predict([NARROW.lower(NARROW.from_codes(row)) for row in codes])
+    assert predictor.table(NARROW).predict(codes).mean_ms == pytest.approx([one.mean_ms for one in single])
+    predictor.save(tmp_path / "blocks.json")
+    assert LatencyPredictor.load(tmp_path / "blocks.json").predict(networks) == predictor.predict(networks)
+
+
+def test_a_block_that_is_given_is_taken() -> None:
+    predictor = LatencyPredictor(channel_block=32).fit(*narrow(72, seed=0))
+    assert predictor.report()["channel_block"] == predictor.model.channel_block == 32
+    found = LatencyPredictor().fit(*narrow(72, seed=0))
+    assert found.report()["mape"] < predictor.report()["mape"] / 2
+    with pytest.raises(ValueError, match="blocks of one channel or more, got 0"):
+        LatencyPredictor(channel_block=0)
+
+
 def test_the_report_is_close_to_the_error_on_fresh_networks(fitted: LatencyPredictor) -> None:
     networks, latency = measured(60, seed=2, noise=0.02)
     error = np.abs([prediction.mean_ms for prediction in fitted.predict(networks)] / latency - 1)
@@ -107,7 +150,7 @@ def test_an_old_foreign_or_damaged_file_is_refused(fitted: LatencyPredictor, tmp
     fitted.save(path)
     document = json.loads(path.read_text())
     for change, message in [
-        ({"version": 0}, "version 0, this program reads 1; fit it again"),
+        ({"version": 1}, "version 1, this program reads 2; fit it again"),
         ({"schema": "other"}, "is not a saved latency predictor"),
         ({"coefficients_ms": [1, 2]}, "damaged"),
         ({"folds": "many"}, "damaged"),

@@ -161,7 +161,7 @@ def test_it_reads_back_what_it_saved(fitted: NewDevicePredictor, networks: list[
     assert loaded.report() == fitted.report() and loaded.provenance == {"device": "new"}
     document = json.loads(path.read_text())
     for changed, told in (
-        ({"version": 1}, "version 1, this program reads 2; fit it again"),
+        ({"version": 2}, "version 2, this program reads 3; fit it again"),
         ({"coefficients_ms": [1.0]}, "damaged"),
         ({"relative_error_90": None}, "damaged"),
     ):
