@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import sys
 import time
@@ -85,6 +86,15 @@ class Table:
     @property
     def counts(self) -> np.ndarray:
         return np.asarray(self.codes.max(axis=0) + 1)
+
+    @property
+    def digest(self) -> str:
+        """Of all that a search can see: lines of another table, or of other columns, are not taken for its own."""
+        found = hashlib.sha256(repr((self.options, self.numeric)).encode())
+        arrays = (self.codes, self.costs, self.reported, self.reference, self.reported_reference)
+        for array in (*arrays, np.unique(self.classes, return_inverse=True)[1]):
+            found.update(repr((array.shape, array.dtype.str)).encode() + np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:16]
 
     @cached_property
     def places(self) -> dict[bytes, int]:
@@ -309,6 +319,7 @@ def read_table(asked: argparse.Namespace) -> tuple[Table, dict[str, Any]]:
     described = {
         "table": asked.table.name,
         "architectures": len(frame),
+        "digest": table.digest,
         "objectives": [told(c) for c in searched_by],
         "reported": [told(c) for c in reported],
         "canonical": asked.canonical,

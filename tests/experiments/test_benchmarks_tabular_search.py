@@ -137,6 +137,13 @@ def test_a_search_that_ended_is_done_again_for_other_budgets_references_and_clas
     ):
         run(*common, *changed)
         assert lines() == count
+    run(*common, "--budgets", "20", "--canonical", "name")
+    assert lines() == count
+    changed = pd.read_csv(table)
+    changed.loc[7, "ms"] += 1
+    changed.to_csv(table, index=False)
+    run(*common, "--budgets", "20", "--canonical", "name")
+    assert lines() == count + 1
 
 
 @pytest.fixture
@@ -210,6 +217,16 @@ def test_columns_of_many_numbers_are_numbers_and_rows_with_gaps_are_left_out(sma
     table = small(frame)
     assert len(table.codes) == 19 and table.numeric == (True, False)
     assert [type(d).__name__ for d in table.distributions.values()] == ["IntDistribution", "CategoricalDistribution"]
+
+
+def test_the_digest_is_of_all_that_a_search_sees(small: Callable[..., Any], frame: pd.DataFrame) -> None:
+    fewer = frame[frame["op_4"] == frame["op_4"].iloc[0]]
+    tables = [small(fewer), small(fewer, "--report", "test:max"), small(fewer, "--canonical", "name")]
+    tables += [small(fewer, "--reference", "ms:20"), small(fewer.assign(acc=fewer["acc"] + 1)), small(fewer[::-1])]
+    tables += [small(fewer.assign(op_0=fewer["op_0"] + "x")), small(fewer.rename(columns={"op_4": "op_5"}))]
+    digests = [each.digest for each in tables]
+    assert len(set(digests[:-1])) == len(digests) - 1
+    assert digests[-1] == digests[0]  # names of columns are not seen
 
 
 def test_the_worst_that_counts_is_what_nearly_all_are_better_than(small: Callable[..., Any]) -> None:
