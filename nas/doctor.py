@@ -30,11 +30,13 @@ OPTIONAL = {  # the same of the extras
     "kornia": "kornia",
     "ethos-u-vela": "ethosu.vela",
     "psycopg": "psycopg",
+    "grpcio": "grpc",
 }
 NEEDED_FOR = {
     "kornia": "random erasing, mixup and cutmix; pip install 'fitnest[augment]'",
     "ethos-u-vela": "latencies of an Ethos-U; pip install 'fitnest[npu]'",
     "psycopg": "a search on PostgreSQL; pip install 'fitnest[postgresql]'",
+    "grpcio": "a search behind the proxy of Optuna; pip install 'fitnest[grpc]'",
 }
 
 
