@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hardware_profiles.cost_model import AdditiveModel, Conversion, UnsupportedLayer, conversions_of
+from hardware_profiles.cost_model import AdditiveModel, Conversion, UnsupportedLayer, block_features, conversions_of
 from hardware_profiles.memory import (
     TFLM_GREEDY,
     part_flash_bytes,
@@ -275,11 +275,13 @@ class FigureTable:
         for layer in layers:
             for column, price in enumerate(self._priced(layer)):
                 totals[column] += price
-        for copy in conversions_of(layers, {source: fed_with.is_quantized}):
-            for column, (name, device) in enumerate(self.sums):
-                model = _additive(self.devices[device]) if name == "latency_ms" else None
-                if model is not None and device not in self._transferred:
-                    totals[column] += _conversion_ms(model, copy)
+        given = {source: fed_with.is_quantized}
+        copies = list(conversions_of(layers, given))
+        for column, (name, device) in enumerate(self.sums):
+            model = _additive(self.devices[device]) if name == "latency_ms" else None
+            if copies and model is not None and device not in self._transferred:
+                totals[column] += sum(_conversion_ms(model, copy) for copy in copies)
+                totals[column] += _unfused_ms(model, layers, given)
         patched = any(layer.patches > 1 for layer in layers)
         peaks = [self._peak(name, () if patched else layers, source, fed_with) for name in self.peaks]
         return [*totals, *peaks, *([float(patched)] if self.has_patches else [])]
@@ -353,3 +355,11 @@ def _conversion_ms(model: AdditiveModel, copy: Conversion) -> float:
         return math.inf
     amounts = {"count": 1.0, "bytes": copy.elements * 5.0}
     return sum(model.coefficients.get(f"{copy.family}.int8.{name}", 0.0) * each for name, each in amounts.items())
+
+
+def _unfused_ms(model: AdditiveModel, layers: Sequence[Layer], given: Mapping[str, bool]) -> float:
+    """What adds of tensors that are converted first cost more, which no layer tells by itself."""
+    made = {**given, **{layer.name: layer.precision.is_quantized for layer in layers}}
+    adds = [replace(layer, patches=1) for layer in layers if layer.kind == "add"]
+    amounts = block_features(adds, made, {}, model.channel_block) if model.channel_block else {}
+    return sum(model.coefficients.get(name, 0.0) * amount for name, amount in amounts.items())

@@ -201,20 +201,19 @@ class _Plan:
 
     def extend(self, predictor: LatencyPredictor, latency_ms: Sequence[float]) -> bool:
         """Add a batch; False where the samples are spent or the space is used up."""
-        before = len(self.measured)
+        before = self.measured  # in the order of the latencies
         room = self.samples - min(self.taken, len(self.drawn)) - len(self.picked)
         self.taken += min(BATCH // 2, room)
-        measured = self.measured
-        model, held = predictor.model, set(measured)
+        model, held = predictor.model, set(self.measured)
         left = [(one, features(network, model.channel_block)) for one, network in self.candidates if one not in held]
-        rows = [features(self.space.lower(one), model.channel_block) for one in measured[:before]]
+        rows = [features(self.space.lower(one), model.channel_block) for one in before]
         names = sorted({name for row in [*rows, *(row for _, row in left)] for name in row})
         known = matrix_of(rows, names) / np.array(latency_ms)[:, None]
         ahead = matrix_of([row for _, row in left], names)
         predicted_ms = ahead @ [model.coefficients.get(name, 0.0) for name in names] + model.constant_ms
         chosen = most_uncertain(known, ahead / predicted_ms[:, None], min(BATCH // 2, room - BATCH // 2))
         self.picked += [left[index][0] for index in chosen]
-        return len(self.measured) > before
+        return len(self.measured) > len(before)
 
 
 def _fit(

@@ -204,6 +204,25 @@ def test_a_float_add_of_integers_is_not_fused() -> None:
     assert block_features([last], {"total": False, "first": True}, {}, 1)["add.fp32.unfused_count"] == 1
 
 
+def test_an_integer_add_has_nothing_unfused() -> None:
+    first = L.conv2d("first", Port(INPUT, (2, 4, 4)), 2, precision=INT8)
+    second = L.conv2d("second", port(first), 2, precision=INT8)
+    total = replace(L.add("total", port(first), port(second)), precision=INT8)
+    assert not [name for name in features(assemble((2, 4, 4), [(first, second, total)]), 8) if "unfused" in name]
+
+
+def test_every_patch_adds_for_itself_what_is_not_fused() -> None:
+    """Each of 4 patches adds what it computes: 6x6 of 8x8 positions, which the 3x3 after it needs."""
+    first = L.conv2d("first", Port(INPUT, (3, 8, 8)), 4)
+    second = L.conv2d("second", port(first), 4, precision=INT8)
+    total = L.add("total", port(first), port(second))
+    last = L.conv2d("last", port(total), 2, kernel=3)
+    stage = tuple(replace(layer, patches=2) for layer in (first, second, total, last))
+    found = features(assemble((3, 8, 8), [stage]), 8)
+    assert found["add.fp32.unfused_count"] == 4
+    assert found["add.fp32.unfused_bytes"] == 4 * (3 * 4 * 4 * 36) == found["add.fp32.bytes"]
+
+
 def test_every_patch_has_blocks_of_its_own() -> None:
     first = L.conv2d("first", Port(INPUT, (3, 8, 8)), 4, kernel=3, precision=INT8)
     second = L.conv2d("second", port(first), 2, kernel=3, precision=INT8)

@@ -36,6 +36,13 @@ def test_reads_names_cores_and_flags(tmp_path: Path) -> None:
     assert machine.python == platform.python_version()
 
 
+def test_cores_of_two_sockets_have_the_same_numbers(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    block = "processor : {}\nphysical id : {}\ncore id\t: {}\n"
+    cpuinfo.write_text("\n".join(block.format(i, i // 2, i % 2) for i in range(4)))
+    assert this_machine(cpuinfo).physical_cores == 4
+
+
 def test_the_version_of_the_runtime_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", "9.8")  # with onnxruntime-gpu there is no package onnxruntime
     assert this_machine().onnxruntime == "9.8"

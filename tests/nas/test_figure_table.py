@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hardware_profiles import load_device
+from hardware_profiles import AdditiveModel, features, load_device
 from nas.candidates import Costs
 from nas.costs import ProfiledDevice, at_least, at_most, maximize
 from nas.figure_table import Estimates
+from predictors import LatencyPredictor
 from search_spaces import FAMILIES, CompactTransformer, MobileNet, SearchSpace
 from tests.nas import tiny
 
@@ -68,6 +69,24 @@ def test_figures_of_codes_are_those_of_the_networks(space: SearchSpace, name: st
         for limit in (limit for limit in costs.limits if limit.confidence and math.isfinite(figures[limit.key].value)):
             assert found[str(limit)][i] == pytest.approx(figures[limit.key].high, rel=1e-12)
         assert allowed[i] == (max(costs.violations(network, figures).values(), default=0.0) <= 0)
+
+
+def test_adds_that_are_not_fused_are_priced_as_in_the_networks() -> None:
+    """Float adds of what another slot made in integers, on a device that computes 16 channels at once."""
+    space = tiny.space()
+    codes = random_codes(space, 60)
+    networks = [space.lower(space.from_codes(row)) for row in codes]
+    names = {name for network in networks for name in features(network, 16)}
+    prices = {name: 1.0 if name.startswith("add.fp32.unfused") else 1e-3 for name in names}
+    latency_ms = [AdditiveModel(prices, 0.1, 16).latency_ms(network) for network in networks]
+    predictor = LatencyPredictor(channel_block=16).fit(networks, latency_ms)
+    device = ProfiledDevice(load_device("host-cpu"), predictor)
+    limit = at_most("latency_ms", float(np.median(latency_ms)), device)
+    costs = Costs(space, [maximize("accuracy")], [limit], {"host-cpu": device})
+    expected = [one.mean_ms for one in predictor.predict(networks)]
+    assert sum("add.fp32.unfused_count" in features(network, 16) for network in networks) > 10
+    assert costs.of_codes(codes)[limit.key] == pytest.approx(expected, rel=1e-9)
+    assert costs.allowed(codes).tolist() == [one <= limit.value for one in expected]
 
 
 def test_what_is_bounded_beyond_a_limit_is_not_lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def add(made: optuna.Study, values: list[float], depth: int, violation: float | 
 
 def test_any_study_becomes_a_front() -> None:
     made = study()
-    add(made, [0.9, 5], 3, -1.0)
+    add(made, [0.9, 5], 3, 0.0)  # just met
     add(made, [0.8, 6], 2, -1.0)
     add(made, [0.99, 1], 9, 0.5)  # beyond a constraint
     add(made, [float("inf"), 1], 8)

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import nas
-from hardware_profiles import load_device
+from hardware_profiles import features, load_device
 from hardware_profiles.host_cpu import NoisyMachine
 from hardware_profiles.measurement import Measurement
 from nas.costs import ProfiledDevice
@@ -125,6 +126,28 @@ def test_it_measures_on_until_the_error_or_the_samples_are_reached(monkeypatch: 
     monkeypatch.setattr(module, "measure_untrained", reachable)
     nas.profile(space, load_device("host-cpu"), samples=70, error=max(error for _, error in history))
     assert len(reachable.calls) < len(noisy.calls)
+
+
+def test_what_is_measured_next_rests_on_each_network_over_its_own_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the sums of features, which tell networks apart: over measured latencies, and over predicted ones."""
+    space, noisy = tiny.space(), Bench(noise=0.05)
+    asked: list[tuple[np.ndarray, np.ndarray, list[Architecture]]] = []
+    monkeypatch.setattr(module, "measure_untrained", noisy)
+    monkeypatch.setattr(module, "this_machine", lambda: SimpleNamespace(channel_block=4))
+
+    def chosen(known: np.ndarray, ahead: np.ndarray, count: int) -> list[int]:
+        asked.append((known, ahead, [a for call in noisy.calls for a in call]))
+        return list(range(count))
+
+    monkeypatch.setattr(module, "most_uncertain", chosen)
+    device = nas.profile(space, load_device("host-cpu"), samples=84, error=0.0)
+    assert device.predictor.model.channel_block == 4  # type: ignore[union-attr]
+    assert len(asked) >= 3  # from the second on, picked ones are among the known
+    for known, ahead, measured in asked:
+        sums = [sum(features(space.lower(a), 4).values()) for a in measured]
+        latency_ms = [noisy.measurement(a, true_ms(space, a)).latency_ms for a in measured]
+        assert sorted(known.sum(axis=1)) == pytest.approx(sorted(np.divide(sums, latency_ms)))
+        assert np.median(ahead.sum(axis=1)) == pytest.approx(np.median(known.sum(axis=1)), rel=0.5)
 
 
 def test_a_profile_that_was_stopped_goes_on_from_its_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

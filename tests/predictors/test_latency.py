@@ -108,6 +108,26 @@ def test_the_report_is_close_to_the_error_on_fresh_networks(fitted: LatencyPredi
     assert report["within_10_percent"] > 0.9
 
 
+def test_errors_and_interval_are_those_of_the_representative_networks() -> None:
+    """The others, whose latencies are noisier here, teach the same model; errors of all are the mean over both."""
+    networks, latency = measured(72, seed=0)
+    drawn = np.arange(72) % 2 == 0
+    latency = np.where(drawn, latency, latency * np.exp(np.random.default_rng(1).normal(0, 0.2, 72)))
+    few, rest, every = (LatencyPredictor().fit(networks, latency, representative=m) for m in (drawn, ~drawn, None))
+    assert few.model == rest.model == every.model
+    reports = [predictor.report() for predictor in (few, rest, every)]
+    assert [report["judged_on"] for report in reports] == [36, 36, 72]
+    for name in ("mape", "within_10_percent"):
+        for own, other, whole in (reports, [report["macs_only"] for report in reports]):
+            assert own[name] != other[name] and whole[name] == pytest.approx((own[name] + other[name]) / 2, abs=1e-4)
+    assert reports[0]["relative_error_90"] < reports[2]["relative_error_90"] < reports[1]["relative_error_90"]
+    alike = [networks[0]] * 8 + networks[:9] + networks[20:30]  # 9 of those that are marked are distinct
+    with pytest.raises(ValueError, match="at least 10 distinct representative networks, got 9"):
+        LatencyPredictor().fit(alike, np.ones(27), representative=np.arange(27) < 17)
+    with pytest.raises(ValueError, match=r"one mark for each of 72 networks, got shape \(71,\)"):
+        LatencyPredictor().fit(networks, latency, representative=drawn[1:])
+
+
 def test_the_interval_covers_nine_of_ten_fresh_networks(fitted: LatencyPredictor) -> None:
     networks, latency = measured(100, seed=3, noise=0.02)
     inside = [p.low_ms <= y <= p.high_ms for p, y in zip(fitted.predict(networks), latency, strict=True)]
@@ -136,6 +156,13 @@ def test_it_reads_back_what_it_saved(fitted: LatencyPredictor, tmp_path: Path) -
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     loaded.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+def test_it_fits_again_as_before_it_was_saved(tmp_path: Path) -> None:
+    predictor = LatencyPredictor(folds=5, seed=3).fit(*measured(40, seed=0, noise=0.02))
+    predictor.save(tmp_path / "cpu.json")
+    again = LatencyPredictor.load(tmp_path / "cpu.json").fit(*measured(40, seed=0, noise=0.02))
+    assert again.report() == predictor.report()
 
 
 def test_nothing_is_written_where_saving_fails(fitted: LatencyPredictor, tmp_path: Path) -> None:

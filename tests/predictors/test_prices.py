@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from predictors import choose_networks
+from hardware_profiles import AdditiveModel
+from predictors import KnownDevice, choose_networks
 from predictors import prices as module
 from predictors.prices import Amounts, Bases, covariance, fit_prices
 from search_spaces import MobileNet, Network
@@ -77,6 +78,24 @@ def test_a_price_list_that_explains_the_samples_gets_the_weight() -> None:
     fitted = fit_prices(amounts, np.arange(6), latency_ms[:6], Bases(("typical", "right"), lists, np.full(2, 0.5)))
     assert fitted.sources["right"] > 0.8
     assert amounts.matrix @ fitted.prices_ms == pytest.approx(latency_ms, rel=0.05)
+
+
+def test_what_was_believed_of_a_price_list_counts_as_much_as_the_samples() -> None:
+    amounts, bases, latency_ms = made(7)
+    lists = np.concatenate([bases.log_prices, bases.log_prices[:, ::-1]])
+    odds = []
+    for first in (0.5, 0.9):
+        both = Bases(("typical", "other"), lists, np.array([first, 1 - first]))
+        sources = fit_prices(amounts, np.arange(4), latency_ms[:4], both).sources
+        odds.append(sources["typical"] / sources["other"])
+    assert odds[1] / odds[0] == pytest.approx(9, rel=0.01)
+
+
+def test_a_device_of_one_precision_has_its_prices_in_all() -> None:
+    model = AdditiveModel({"conv.int8.macs": 1.0})
+    assert KnownDevice("one", model, "int8").own("conv.fp32.macs") == "conv.int8.macs"
+    assert KnownDevice("any", model).own("conv.fp32.macs") == "conv.fp32.macs"
+    assert KnownDevice("one", model, "int8").has("conv.fp32") and not KnownDevice("any", model).has("conv.fp32")
 
 
 def test_more_noise_makes_wider_intervals() -> None:
