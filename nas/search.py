@@ -339,7 +339,7 @@ class _Search:
             held = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
             waiting = sum(trial.state == TrialState.WAITING for trial in held)
             if len(self.done) + len(held) - waiting >= trials:
-                if not self._waited(study):
+                if not self._waited(study, {trial.number for trial in held if trial.state == TrialState.RUNNING}):
                     return
                 continue
             if not waiting:
@@ -368,9 +368,11 @@ class _Search:
         key = [self.seed, 10, self.steps, *([self.worker] if self.worker else [])]
         return LIBRARY[settings.sampler](int(np.random.default_rng(key).integers(2**32)), settings.population)
 
-    def _waited(self, study: optuna.Study) -> bool:
-        """Wait for a trial of another process to end; False when none did for long."""
-        running = {t.number for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+    def _waited(self, study: optuna.Study, running: set[int]) -> bool:
+        """Wait for a trial of other processes to end, of those that were seen `running`; False when none did for long.
+
+        They may have ended since they were seen: looked for anew, none would be there to be waited for.
+        """
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
             time.sleep(POLL_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -721,3 +722,16 @@ class Staged(tiny.FakeEvaluator):
             if is_enough(score):
                 break
         return score
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_trial_that_ended_since_it_was_seen_is_not_waited_for(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    search_module = importlib.import_module("nas.search")  # nas.search is the function
+    monkeypatch.setattr(search_module, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(search_module, "POLL_S", 0.01)
+    study = optuna.create_study()
+    seen = study.ask()
+    if ended:
+        study.tell(seen, 1.0)
+    waits = object.__new__(search_module._Search)  # waiting needs nothing of the search but its study
+    assert waits._waited(study, {seen.number}) == ended
