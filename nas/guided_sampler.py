@@ -341,12 +341,12 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
         return np.asarray(found[0] if len(found) else domain.canonical(drawn[:1])[0])
 
     def _stop(self, study: Study, count: int) -> None:
-        log.info("everything was proposed after %d trials: the study stops", count)
+        log.info("nothing is left to propose after %d trials, that is new and allowed: the study stops", count)
         try:
             study.stop()
         except RuntimeError:
             log.debug("not in optimize: whoever asks learns it from the exception")
-        raise SpaceUsedUp(f"everything that may be proposed was, after {count} trials; nothing is proposed twice")
+        raise SpaceUsedUp(f"nothing new that is allowed is left after {count} trials; nothing is proposed twice")
 
     # proposals -----------------------------------------------------------------------------------------------
 

@@ -99,10 +99,22 @@ class Domain:
         """At most `count` architectures to begin with, spread and new."""
         drawn = [self.spread(count, rng), *(self.random(count, rng) for _ in range(TRIES))]
         found = self.new(np.concatenate(drawn), taken)
-        if len(found) < count and self.is_small:
-            rest = self.new(self.every(), taken | keys(found))
+        if len(found) < count:
+            seen = taken | keys(found)
+            rest = self.new(self.every(), seen) if self.is_small else self._hidden(found, seen, rng)
             found = np.concatenate([found, rng.permutation(rest)])
         return found[:count]
+
+    def _hidden(self, found: Codes, seen: Set[bytes], rng: np.random.Generator) -> Codes:
+        """New ones of a region so small that random ones hardly meet it: relatives of those that lie in it."""
+        known = np.frombuffer(b"".join(sorted(seen)), np.int64).reshape(len(seen), len(self.counts))
+        parents = np.concatenate([found, known[self.allowed(known)]]) if len(seen) else found
+        new = found[:0]
+        for _ in range(GENERATIONS):
+            relatives = [self.varied(parents, BROOD // 2, rng)] if len(parents) else []
+            fresh = self.new(np.concatenate([*relatives, self.random(BROOD // 2, rng)]), seen)
+            new, parents, seen = np.concatenate([new, fresh]), np.concatenate([parents, fresh]), seen | keys(fresh)
+        return new
 
 
 def keys(codes: Codes) -> set[bytes]:

@@ -200,6 +200,19 @@ def test_first_architectures_are_spread_and_end_with_the_space(rng: np.random.Ge
     assert len(domain.first(20, keys(np.array([[0, 0], [3, 1]])), rng)) == 6
 
 
+@pytest.mark.parametrize(("most", "taken"), [(8, []), (0, [[0] * 20])])
+def test_regions_that_random_architectures_hardly_meet_have_first_ones_too(
+    rng: np.random.Generator, most: int, taken: list[list[int]]
+) -> None:
+    """One of 1000 random ones lies in the one region, one of 200 million in the other, of which one is known."""
+    domain = Domain((4,) * 20, (True,) * 20, allowed=lambda codes: codes[:, :14].sum(axis=1) <= most)
+    known = keys(np.array(taken, np.int64).reshape(-1, 20))
+    found = domain.first(24, known, rng)
+    assert len(found) == len(np.unique(found, axis=0)) == 24
+    assert (found[:, :14].sum(axis=1) <= most).all() and not keys(found) & known
+    assert all(len(np.unique(column)) > 1 for column in found[:, 14:].T)  # not relatives of one alone
+
+
 def test_constraints_are_learned(rng: np.random.Generator) -> None:
     """Half of the space is infeasible, and the better half: proposals go to the other."""
     domain = Domain((6, 6, 6), (True,) * 3)
