@@ -194,7 +194,8 @@ class LatencyPredictor(AdditivePredictor):
 
     @classmethod
     def _empty(cls, document: Mapping[str, Any]) -> Self:
-        return cls(folds=int(document["folds"]), seed=int(document["seed"]))
+        block = int(document["channel_block"])
+        return cls(folds=int(document["folds"]), seed=int(document["seed"]), channel_block=block)
 
 
 @dataclass(frozen=True)

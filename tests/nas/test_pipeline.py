@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import yaml
 from sklearn import datasets
@@ -409,6 +410,7 @@ def test_the_interface_reads_as_documented(tmp_path: Path, machine: None, monkey
     nas.train(supernet, data, strategy="sorted", epochs=2, seed=0, arithmetic="fp32")
     cpu = nas.profile(space, load_device("host-cpu"), samples=60, seed=0)
     mcu = nas.profile(space, load_device("stm32f746"))
+    storage = optuna.storages.InMemoryStorage()
     front = nas.search(
         supernet,
         data,
@@ -416,8 +418,12 @@ def test_the_interface_reads_as_documented(tmp_path: Path, machine: None, monkey
         limits=[nas.at_most("sram_bytes", 327_680, mcu), nas.at_most("flash_bytes", 1_048_576, mcu)],
         trials=20,
         seed=0,
+        storage=storage,
     )
-    assert front.points and len(front.points) + len(front.others) <= 20  # without those that were stopped early
+    (study,) = storage.get_all_studies()
+    trials = storage.get_all_trials(study._study_id, states=(optuna.trial.TrialState.COMPLETE,))
+    stopped_early = sum("images_seen" in trial.user_attrs for trial in trials)  # these depend on measured latencies
+    assert len(front.points) + len(front.others) + stopped_early == len(trials) == 20
     chosen = front.best("accuracy", {"latency_ms@host-cpu": 2.0})
     assert chosen["sram_bytes@stm32f746"] <= 327_680 and chosen["latency_ms@host-cpu"] <= 2.0
     manifest: Any = nas.export(supernet, chosen, data, "exports/")

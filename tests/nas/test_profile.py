@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 import nas
 from hardware_profiles import features, load_device
+from hardware_profiles.command import CommandSettings
 from hardware_profiles.host_cpu import NoisyMachine
 from hardware_profiles.measurement import Measurement
 from nas.costs import ProfiledDevice
@@ -290,3 +291,15 @@ def test_this_machine_is_really_measured(monkeypatch: pytest.MonkeyPatch, tmp_pa
         pytest.skip(f"the machine is too busy to be measured: {error}")
     assert 0 < measured["small"].latency_ms < measured["large"].latency_ms
     assert measured["small"].provenance.device == "host-cpu" and anchor_record().exists()
+
+
+def test_the_channels_of_this_machine_are_not_those_of_another_device(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "this_machine", lambda: SimpleNamespace(channel_block=64))
+    here = load_device("host-cpu")
+    elsewhere = replace(here.latency_model, this_machine=False, command=CommandSettings("bench {model}"))
+    for device, is_here in ((here, True), (replace(here, name="board", latency_model=elsewhere), False)):
+        predictor = nas.profile(tiny.space(), device, samples=48).predictor
+        assert predictor is not None
+        assert (predictor.report()["channel_block"] == 64) == is_here

@@ -163,6 +163,9 @@ def test_it_fits_again_as_before_it_was_saved(tmp_path: Path) -> None:
     predictor.save(tmp_path / "cpu.json")
     again = LatencyPredictor.load(tmp_path / "cpu.json").fit(*measured(40, seed=0, noise=0.02))
     assert again.report() == predictor.report()
+    LatencyPredictor(channel_block=32).fit(*narrow(72, seed=0)).save(tmp_path / "given.json")
+    given = LatencyPredictor.load(tmp_path / "given.json").fit(*narrow(72, seed=0))
+    assert given.report()["channel_block"] == 32  # and not the one that predicts best
 
 
 def test_nothing_is_written_where_saving_fails(fitted: LatencyPredictor, tmp_path: Path) -> None:
