@@ -72,7 +72,8 @@ def read_measurements(
         runtime, hardware: what they are of where the file does not say.
         known: architectures that a row may name by `id` alone.
 
-    Raises InvalidMeasurements naming the lines that are wrong, what they hold and what was expected, and OSError.
+    Raises InvalidMeasurements naming the lines that are wrong, what they hold and what was expected, or that
+    the file cannot be read.
     """
     by_id = {architecture.id: architecture for architecture in known}
     said = {"device": device, "threads": str(threads)}
@@ -171,6 +172,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if any(cells):
                 pairs = zip(header, cells, strict=True) if len(cells) == len(header) else [("", ",".join(row))]
                 yield reader.line_num, {name: cell for name, cell in pairs if cell}
+    except OSError as error:
+        raise InvalidMeasurements(f"{path} cannot be read ({error.strerror}); expected a CSV file") from None
     except UnicodeDecodeError as error:
         raise InvalidMeasurements(f"{path}: expected a CSV file in UTF-8 ({error})") from None
     except csv.Error as error:

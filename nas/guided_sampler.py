@@ -122,8 +122,9 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
 
     Works with 1 to 4 objectives of either direction; categorical, int and float parameters (a number with more than
     32 values is searched on 32 of them); constraints set by `Trial.set_constraint`; enqueued, pruned and failed
-    trials; any storage. Parameters that only some trials have are drawn at random, on their own. A trial with the user
-    attribute `unmeasured` teaches nothing, but is not proposed again.
+    trials; any storage. Parameters that only some trials have are drawn at random, on their own; once all values of the
+    others were proposed, these are drawn at random too. A trial with the user attribute `unmeasured` teaches nothing,
+    but is not proposed again.
 
     **Nothing is proposed twice**: what any trial has had is not proposed again, be it pruned or failed (enqueue it
     again, or use Optuna's retry callbacks, to repeat it). When everything was proposed, the study stops and the trial
@@ -292,7 +293,7 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
             self._proposed = key, proposed
         proposed = self._proposed[1]
         if place >= len(proposed):
-            self._stop(study, len(trials))
+            return self._repeated(study, trial, grid, domain)
         others = [t for t in trials if _root(t) > first and _is_enqueued(t) and _root(t) != _root(trial)]
         if proposed[place].tobytes() in self._keys(grid, domain, others):
             return self._claimed(study, trial, grid, domain, keys(proposed))
@@ -307,6 +308,8 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
             others = [t for t in study.get_trials(deepcopy=False) if _root(t) != _root(trial)]
             taken |= self._keys(grid, domain, others)
             codes = self._next(study, trial, grid, domain, others, taken)
+            if codes is None:
+                return self._repeated(study, trial, grid, domain)
             study._storage.set_trial_system_attr(trial._trial_id, CLAIM, codes.tolist())
             others = [t for t in study.get_trials(deepcopy=False) if _root(t) != _root(trial)]
             if codes.tobytes() not in self._keys(grid, domain, others):
@@ -315,8 +318,8 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
     def _next(
         self, study: Study, trial: FrozenTrial, grid: Grid, domain: Domain, others: Sequence[FrozenTrial],
         taken: set[bytes],
-    ) -> np.ndarray:  # fmt: skip
-        """The first in the queue that nobody has; a new queue where there is none."""
+    ) -> np.ndarray | None:  # fmt: skip
+        """The first in the queue that nobody has; a new queue where there is none; None where nothing is left."""
         owner = (study._storage, study._study_id, "queue")
         queue = self._proposed[1] if self._proposed[0] == owner else np.empty((0, len(grid.names)), np.int64)
         queue = queue[[row.tobytes() not in taken for row in queue]]
@@ -326,7 +329,7 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
             size = self._startup if len(others) < self._startup else self._size(len(others))
             queue = self._propose(study, grid, domain, size, self._rng(trial.number, 0), finished, running, taken)
         if not len(queue):
-            self._stop(study, len(others))
+            return None
         self._proposed = owner, queue[1:]
         return np.ascontiguousarray(queue[0])
 
@@ -339,6 +342,14 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         found = domain.new(drawn, self._keys(grid, domain, others))
         return np.asarray(found[0] if len(found) else domain.canonical(drawn[:1])[0])
+
+    def _repeated(self, study: Study, trial: FrozenTrial, grid: Grid, domain: Domain) -> np.ndarray:
+        """Values that trials had before, where some have other parameters besides; else the study stops."""
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        drawn = domain.new(domain.random(256, self._rng(trial.number)), frozenset())
+        if not len(drawn) or not any(set(t.params) - set(grid.names) for t in others):
+            self._stop(study, len(others))
+        return np.asarray(drawn[0])
 
     def _stop(self, study: Study, count: int) -> None:
         log.info("nothing is left to propose after %d trials, that is new and allowed: the study stops", count)
@@ -353,8 +364,11 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
     def _domain(self, grid: Grid, directions: Sequence[StudyDirection]) -> Domain:
         if self._reference is not None and len(self._reference) != len(directions):
             raise ValueError(f"a reference of {len(self._reference)} values for {len(directions)} objectives")
-        exact = {index: _as_costs(values, directions[index]) for index, values in self._exact.items()}
-        given = {name: function for name, function in self._functions.items() if function is not None}
+        exact = {
+            index: _as_costs(_checked(f"exact[{index}]", values), directions[index])
+            for index, values in self._exact.items()
+        }
+        given = {name: _checked(name, each) for name, each in self._functions.items() if each is not None}
         return Domain(grid.counts, grid.ordered, grid.alike, exact=exact, **given)
 
     def _propose(
@@ -378,6 +392,23 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, *key])
+
+
+def _checked(name: str, function: CodesFunction) -> CodesFunction:
+    """The same, which refuses results that are not one row, or one value, for each row of codes."""
+
+    def checked(codes: np.ndarray) -> np.ndarray:
+        found = np.asarray(function(codes))
+        expected = codes.shape if name == "canonical" else codes.shape[:1]
+        if found.shape != expected or (name == "allowed" and found.dtype != bool):
+            kind = "booleans" if name == "allowed" else "numbers"
+            raise ValueError(
+                f"{name} gave {found.dtype} of shape {found.shape} for codes of shape {codes.shape}; "
+                f"expected {kind} of shape {expected}"
+            )
+        return found
+
+    return checked
 
 
 def results_of(

@@ -71,8 +71,9 @@ def open_study(
             opened = Opened(optuna.load_study(storage=copy, study_name=name), opened.is_new)
     except (SQLAlchemyError, ImportError, OSError, optuna.exceptions.OptunaError) as error:
         raise ValueError(
-            f"cannot open the study storage: {str(error).splitlines()[0]}; expected a database URL such as "
-            f"sqlite:///study.db or postgresql://USER@HOST/DATABASE, {JOURNAL}FILE or {PROXY}HOST:PORT"
+            f"cannot open the study storage: {str(error).splitlines()[0]}; expected a server that answers, "
+            "or a file that can be written, under a URL such as sqlite:///study.db or postgresql://USER@HOST/DATABASE, "
+            f"{JOURNAL}FILE or {PROXY}HOST:PORT"
         ) from None
     try:
         yield opened

@@ -184,5 +184,5 @@ def test_a_file_that_is_no_table_of_measurements_is_refused(tmp_path: Path, cont
     path.write_bytes(content)
     with pytest.raises(InvalidMeasurements, match=message):
         _read(path)
-    with pytest.raises(OSError):
+    with pytest.raises(InvalidMeasurements, match=r"absent\.csv cannot be read .*; expected a CSV file"):
         _read(tmp_path / "absent.csv")

@@ -65,6 +65,39 @@ def test_a_space_that_is_used_up_ends_the_study() -> None:
     assert [t.state for t in study.trials].count(TrialState.PRUNED) == 1
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_study_with_parameters_of_some_trials_goes_on_once_the_others_are_used_up(asynchronous: bool) -> None:
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=PredictorGuidedSampler(asynchronous=asynchronous))
+
+    def branching(trial: Trial) -> tuple[float, float]:
+        if trial.suggest_categorical("branch", ["x", "y"]) == "x":
+            return trial.suggest_float("u", 0.0, 1.0), 1.0
+        return float(trial.suggest_int("v", 0, 1000)), 2.0
+
+    study.optimize(branching, n_trials=60)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 60
+    assert {trial.params["branch"] for trial in study.trials[20:]} == {"x", "y"}
+    assert len({tuple(trial.params.items()) for trial in study.trials}) > 50  # whole numbers may come twice
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"allowed": lambda codes: False}, r"allowed gave bool of shape \(\) .* expected booleans of shape \(\d+,\)"),
+        ({"allowed": lambda codes: codes[:, 0]}, "allowed gave int64 .* expected booleans"),
+        ({"canonical": lambda codes: codes[:, :1]}, r"canonical gave int64 of shape \(\d+, 1\) .* expected numbers"),
+        ({"exact": {1: lambda codes: 3.0}}, r"exact\[1\] gave float64 of shape \(\)"),
+    ],
+)
+def test_functions_of_codes_that_give_another_shape_are_refused(given: dict[str, Any], message: str) -> None:
+    space = {name: optuna.distributions.IntDistribution(0, 3) for name in ("x", "y", "z")}
+    study = optuna.create_study(
+        directions=["minimize"] * 2, sampler=PredictorGuidedSampler(startup=2, search_space=space, **given)
+    )
+    with pytest.raises(ValueError, match=message):
+        study.optimize(lambda trial: tuple(trial.suggest_int(name, 0, 3) for name in space)[:2], n_trials=4)
+
+
 def test_codes_that_are_the_same_or_not_allowed_are_not_proposed() -> None:
     """Codes are in the order of the names: kind, rate, width."""
 
