@@ -103,10 +103,9 @@ def plot_front(front: ParetoFront, path: Path) -> None:
     figure = Canvas(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    others = front.others
-    if others:
+    for others, shade, told in _others_of(front):
         x, y = values_of(others, horizontal), values_of(others, vertical)
-        axes.scatter(x, y, s=14, color="0.8", label="not on the front", zorder=1)
+        axes.scatter(x, y, s=14, color=shade, label=told, zorder=1)
     if departed := front.departed:
         x, y = values_of(departed, horizontal), values_of(departed, vertical)
         axes.scatter(x, y, s=34, marker="x", color="tab:red", label="left the front once measured", zorder=2)
@@ -137,6 +136,20 @@ def plot_front(front: ParetoFront, path: Path) -> None:
     axes.legend(loc="lower right", fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=140, format=path.suffix.lstrip(".") or "png")
+
+
+def _others_of(front: ParetoFront) -> list[tuple[Sequence[Evaluation], str, str]]:
+    """What is not on the front, with a shade and what it is called.
+
+    Where the front was measured anew, most of the others were not: their accuracies are those on the images of the
+    search, and their latencies predictions, so that they may seem to be better than the front.
+    """
+    if not any(point.predicted for point in front.points):
+        return [(front.others, "0.8", "not on the front")] if front.others else []
+    anew = [one for one in front.others if one.predicted]
+    before = [one for one in front.others if not one.predicted]
+    both = [(before, "0.85", "as the search saw it, not measured anew"), (anew, "0.55", "not on the front")]
+    return [each for each in both if each[0]]
 
 
 ALONE, INHERITED, TAKEN_LARGEST, NOISE = "#2f6690", "#d1495b", "#e09f3e", "0.92"

@@ -82,6 +82,17 @@ def test_points_and_error_bars_are_where_they_belong(drawn: list[Axes], tmp_path
         assert segments[0][:, 0].tolist() == pytest.approx([0.5 - half, 0.5 + half])
 
 
+def test_what_was_not_measured_anew_is_told_from_what_was(drawn: list[Axes], tmp_path: Path) -> None:
+    plain = front()
+    (worse,) = plain.others
+    anew = {"accuracy": worse.figures["accuracy"]}
+    points = tuple(replace(point, predicted=anew) for point in plain.points)
+    others = (*(replace(worse, id=f"before{i}") for i in range(3)), replace(worse, id="anew", predicted=anew))
+    replace(plain, points=points, others=others).plot(tmp_path / "front.png")
+    counts = {each.get_label(): len(each.get_offsets()) for each in drawn[0].collections if len(each.get_offsets())}  # type: ignore[arg-type]
+    assert counts["as the search saw it, not measured anew"] == 3 and counts["not on the front"] == 1
+
+
 def test_other_formats_and_refusals(tmp_path: Path) -> None:
     front().plot(tmp_path / "front.svg")
     assert (tmp_path / "front.svg").read_text().lstrip().startswith("<?xml")
