@@ -23,6 +23,7 @@ REQUIRED = {  # package -> the module it brings
     "safetensors": "safetensors",
     "scikit-learn": "sklearn",
     "scipy": "scipy",
+    "threadpoolctl": "threadpoolctl",
     "torch": "torch",
     "tqdm": "tqdm",
 }

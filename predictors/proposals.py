@@ -12,15 +12,19 @@ gain of a candidate is the volume of what it dominates and nothing evaluated doe
 which needs no decomposition of the region, holds for any number of objectives, and for objectives that are known
 exactly. A batch is chosen greedily; each member takes what it is believed to dominate out of w.
 
-Everything here is a function of its arguments: whoever has the same results and generator proposes the same.
+Everything here is a function of its arguments: whoever has the same results and generator proposes the same. Linear
+algebra runs on one thread: matrices are small, and sums in another order would make workers differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from predictors.surrogate import Encoding, GaussianProcess
 
@@ -167,18 +171,31 @@ def propose(
         taken: what must not be proposed besides the results and what runs, as `keys`.
     """
     running = np.empty((0, len(domain.counts)), np.int64) if running is None else running
-    beliefs = _Beliefs.fitted(domain, results.informative())
-    costs = results.costs[results.feasible]
-    low, high = bounds(results, reference)
-    for index, costs_of in domain.exact.items():  # what is known to be there counts, however far from the results
-        some = domain.new(domain.random(PARENTS, rng), frozenset())
-        low[index] = min(low[index], costs_of(some).min(initial=low[index]))
-    region = _Region(beliefs, costs[non_dominated(costs)], low, high, rng)
-    region.take_out(running)
-    taken = taken | keys(results.codes) | keys(running)
-    candidates, gains = _candidates(domain, results, region, taken, rng)
-    best = candidates[np.argsort(-gains, kind="stable")[:SHORTLIST]]
-    return best[region.greedy(best, count)]
+    with one_thread():
+        beliefs = _Beliefs.fitted(domain, results.informative())
+        costs = results.costs[results.feasible]
+        low, high = bounds(results, reference)
+        for index, costs_of in domain.exact.items():  # what is known to be there counts, however far from the results
+            some = domain.new(domain.random(PARENTS, rng), frozenset())
+            low[index] = min(low[index], costs_of(some).min(initial=low[index]))
+        region = _Region(beliefs, costs[non_dominated(costs)], low, high, rng)
+        region.take_out(running)
+        taken = taken | keys(results.codes) | keys(running)
+        candidates, gains = _candidates(domain, results, region, taken, rng)
+        best = candidates[np.argsort(-gains, kind="stable")[:SHORTLIST]]
+        return best[region.greedy(best, count)]
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Within it the linear algebra of NumPy and SciPy uses one thread."""
+    return _libraries().limit(limits=1, user_api="blas")
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    import scipy.linalg  # noqa: F401  it brings a library of its own, which is found only once it is loaded
+
+    return ThreadpoolController()
 
 
 def bounds(results: Results, reference: Sequence[float] = ()) -> tuple[np.ndarray, np.ndarray]:

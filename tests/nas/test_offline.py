@@ -196,7 +196,9 @@ def test_what_cannot_be_is_refused(run: Run, board: Path, tmp_path: Path, capsys
     document["precisions"]["value"] = {kind: ["int8"] for kind in document["precisions"]["value"]}
     board.write_text(yaml.safe_dump(document))
     refused("board cannot run", board, "--measurements", path)
-    assert call(capsys, "profile", run.folder, "--device", board, "--measurements", tmp_path / "none.csv")[0] == BAD_INPUT
+    assert (
+        call(capsys, "profile", run.folder, "--device", board, "--measurements", tmp_path / "none.csv")[0] == BAD_INPUT
+    )
 
 
 def test_a_device_of_a_file_is_not_this_machine(board: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import ThreadpoolController
 
 from predictors import proposals
 from predictors.proposals import (
@@ -144,6 +145,28 @@ def test_proposals_are_new_canonical_allowed_and_repeatable(
     assert len(keys(proposed) | keys(codes)) == len(proposed) + len(codes)
     both = np.concatenate([codes, proposed])
     assert (both[:, -1] == 0).all() and not both[both[:, 0] == 0, 1].any()
+
+
+def test_linear_algebra_runs_on_one_thread_and_on_as_many_as_before_afterwards(rng: np.random.Generator) -> None:
+    import scipy.linalg  # noqa: F401  its library is another one than that of NumPy
+
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in ThreadpoolController().info() if library["user_api"] == "blas"]
+
+    seen: list[list[int]] = []
+
+    def costs_of(codes: np.ndarray) -> np.ndarray:
+        seen.append(threads())
+        return codes.sum(axis=1).astype(float)
+
+    domain = Domain((4, 4), (True, True), exact={0: costs_of})
+    codes = domain.first(5, frozenset(), rng)
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        before = threads()
+        propose(domain, results_of(codes, np.stack([codes.sum(axis=1), -codes[:, 0]], axis=1) * 1.0), 2, rng)
+        assert threads() == before
+    assert len(before) >= 2 and set(before) == {2}
+    assert len(seen) > 2 and {count for counts in seen for count in counts} == {1}
 
 
 def test_an_evolution_goes_on_from_what_promises_most(
