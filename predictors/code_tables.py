@@ -4,8 +4,9 @@ The logarithm of a latency is a constant, plus an entry for each choice, plus an
 
     log latency(x) = constant + sum over i of T_i[x_i] + sum over i < j of T_ij[x_i, x_j]
 
-fitted by ridge regression. Measurements of one device scatter independently of those of another, so tables fitted on
-many architectures say more about a device than each of its measurements does.
+fitted by ridge regression; or the same of the latency itself, which layers that run one after the other add up to.
+Measurements of one device scatter independently of those of another, so tables fitted on many architectures say more
+about a device than each of its measurements does.
 
 Notation: n architectures, d choices, S devices, p entries; `codes` (n, d) integers, `log_ms` (n, S), `entries` (p, S).
 """
@@ -24,11 +25,12 @@ import numpy as np
 from hardware_profiles.files import write_bytes
 
 SCHEMA = "fitnest.code_tables"
-VERSION = 1
+VERSION = 2
 MOST_PAIR_ENTRIES = 1500  # beyond that the fit takes minutes
 PAIR_SCALE = 0.5  # an entry of a pair pays four times the ridge of a single one
 RIDGES = tuple(10.0**power for power in np.arange(-2, 4.5, 0.5))
 ROWS_AT_ONCE = 8192  # so that what a look-up touches stays in the cache
+LEAST = 0.5  # of the shortest latency fitted on: no sum of milliseconds is told to be less
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +40,27 @@ class CodeTables:
     Attributes:
         options: how many options each of the d choices has.
         pairs: whether there are tables of pairs.
-        constant: (S,), the logarithm of milliseconds.
+        constant: (S,), the logarithm of milliseconds, or milliseconds.
         entries: (p, S), the tables one after the other: those of single choices, then those of pairs.
+        least_ms: (S,), nan for a device whose tables add up to the logarithm; else they add up to milliseconds, of
+            which there are at least so many.
     """
 
     options: tuple[int, ...]
     pairs: bool
     constant: np.ndarray
     entries: np.ndarray
+    least_ms: np.ndarray
 
     @classmethod
-    def fit(cls, codes: np.ndarray, log_ms: np.ndarray, options: Sequence[int] | None = None) -> CodeTables:
+    def fit(
+        cls,
+        codes: np.ndarray,
+        log_ms: np.ndarray,
+        options: Sequence[int] | None = None,
+        *,
+        milliseconds: bool = False,
+    ) -> CodeTables:
         """Fit on codes (n, d) and log-latencies (n, S), where NaN stands for what was not measured.
 
         Pairs are used where there are at least two measurements for each of their entries (and not more entries than
@@ -56,6 +68,8 @@ class CodeTables:
 
         Args:
             options: how many options each choice has; by default one more than its largest code.
+            milliseconds: try sums of milliseconds, too: each device gets those with the smaller leave-one-out error of
+                the logarithm. Such tables cannot be `combined`.
 
         Raises ValueError for codes out of range or a device with fewer than 3 measurements.
         """
@@ -71,11 +85,26 @@ class CodeTables:
         pair_entries = sum(a * b for a, b in combinations(sizes, 2))
         pairs = 0 < pair_entries <= min(MOST_PAIR_ENTRIES, fewest // 2)
         inputs = encode(codes, sizes, pairs)
-        entries, constant = np.zeros((inputs.shape[1], log_ms.shape[1])), np.zeros(log_ms.shape[1])
+        shape = (inputs.shape[1], log_ms.shape[1])
+        tables = cls(sizes, pairs, np.zeros(shape[1]), np.zeros(shape), np.full(shape[1], np.nan))
         for mask in np.unique(known, axis=1).T:  # devices measured on the same architectures are fitted together
-            columns = (known == mask[:, None]).all(axis=0)
-            entries[:, columns], constant[columns] = _ridge(inputs[mask], log_ms[np.ix_(mask, columns)])
-        return cls(sizes, pairs, constant, entries)
+            columns = np.flatnonzero((known == mask[:, None]).all(axis=0))
+            tables._fit(columns, inputs[mask], log_ms[np.ix_(mask, columns)], milliseconds)
+        return tables
+
+    def _fit(self, columns: np.ndarray, inputs: np.ndarray, log_ms: np.ndarray, milliseconds: bool) -> None:
+        """Set the tables of some devices, which were measured on the same architectures."""
+        self.entries[:, columns], self.constant[columns], left_out = _ridge(inputs, log_ms)
+        if not milliseconds:
+            return
+        ms = np.exp(log_ms)
+        unit, least = ms.mean(axis=0), LEAST * ms.min(axis=0)  # in units of the mean, ridges weigh as in logarithms
+        entries, constant, left_out_units = _ridge(inputs, ms / unit)
+        errors = (left_out - log_ms) ** 2, (np.log(np.maximum(left_out_units * unit, least)) - log_ms) ** 2
+        better = errors[1].mean(axis=0) < errors[0].mean(axis=0)
+        chosen = columns[better]
+        self.entries[:, chosen], self.constant[chosen] = (entries * unit)[:, better], (constant * unit)[better]
+        self.least_ms[chosen] = least[better]
 
     def encode(self, codes: np.ndarray) -> np.ndarray:
         """The inputs (n, p) that the tables are linear in."""
@@ -90,6 +119,9 @@ class CodeTables:
         for start in range(0, len(codes), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             result[rows] = self._looked_up(np.ascontiguousarray(codes[rows].T, dtype=np.int64))
+        summed = ~np.isnan(self.least_ms)
+        if summed.any():
+            result[:, summed] = np.log(np.maximum(result[:, summed], self.least_ms[summed]))
         return result
 
     def _looked_up(self, columns: np.ndarray) -> np.ndarray:
@@ -113,10 +145,15 @@ class CodeTables:
             start += self.options[i] * size
 
     def combined(self, weights: np.ndarray, constant: float, more: np.ndarray | None = None) -> CodeTables:
-        """Tables of one device: constant + sum of weights (S,) times these tables + `more` (p,) entries."""
+        """Tables of one device: constant + sum of weights (S,) times these tables + `more` (p,) entries.
+
+        Raises ValueError for tables that add up to milliseconds, since logarithms are what is combined.
+        """
+        if not np.isnan(self.least_ms).all():
+            raise ValueError("tables that add up to milliseconds cannot be combined; fit them with milliseconds=False")
         entries = self.entries @ weights + (0.0 if more is None else more)
         total = np.array([constant + float(self.constant @ weights)])
-        return CodeTables(self.options, self.pairs, total, entries[:, None])
+        return CodeTables(self.options, self.pairs, total, entries[:, None], np.full(1, np.nan))
 
     def save(self, path: str | Path) -> None:
         """Write it as npz, whole or not at all."""
@@ -129,6 +166,7 @@ class CodeTables:
             pairs=np.array(self.pairs),
             constant=self.constant,
             entries=self.entries,
+            least_ms=self.least_ms,
         )
         write_bytes(Path(path), stream.getvalue())
 
@@ -142,11 +180,12 @@ class CodeTables:
                 if int(file["version"]) != VERSION:
                     raise ValueError(f"its version is {int(file['version'])}, this program reads {VERSION}")
                 options = tuple(int(size) for size in file["options"])
-                tables = cls(options, bool(file["pairs"]), file["constant"], file["entries"])
+                tables = cls(options, bool(file["pairs"]), file["constant"], file["entries"], file["least_ms"])
         except (KeyError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} holds no tables that can be read ({error}); fit them again") from None
         width = encode(np.zeros((1, len(options)), dtype=np.int64), options, tables.pairs).shape[1]
-        if tables.constant.ndim != 1 or tables.entries.shape != (width, len(tables.constant)):
+        devices = tables.least_ms.shape
+        if len(devices) != 1 or tables.constant.shape != devices or tables.entries.shape != (width, *devices):
             raise ValueError(f"{path} is damaged: {tables.entries.shape} entries for options {options}; fit them again")
         return tables
 
@@ -166,26 +205,29 @@ def encode(codes: np.ndarray, options: Sequence[int], pairs: bool) -> np.ndarray
     return np.hstack(blocks)
 
 
-def _ridge(inputs: np.ndarray, log_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(entries (p, S), constant (S,)), the ridge of each column of log_ms chosen by its leave-one-out error."""
-    mean_input, mean_log = inputs.mean(axis=0), log_ms.mean(axis=0)
+def _ridge(inputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Entries (p, S), constant (S,) and each target (n, S) as predicted from the others.
+
+    The ridge of each column is the one with the smallest leave-one-out error.
+    """
+    mean_input, mean = inputs.mean(axis=0), targets.mean(axis=0)
     centred = inputs - mean_input
     values, vectors = np.linalg.eigh(centred.T @ centred)
     values = np.maximum(values, 0.0)
     projected = centred @ vectors  # (n, p)
-    products = projected.T @ (log_ms - mean_log)
+    products = projected.T @ (targets - mean)
     squares = projected**2
-    best = np.full(log_ms.shape[1], np.inf)
-    entries = np.zeros((inputs.shape[1], log_ms.shape[1]))
+    best = np.full(targets.shape[1], np.inf)
+    entries, residuals = np.zeros((inputs.shape[1], targets.shape[1])), np.zeros(targets.shape)
     for ridge in RIDGES:
         solved = products / (values + ridge)[:, None]
         leverage = squares @ (1 / (values + ridge)) + 1 / len(inputs)
-        residual = (log_ms - mean_log - projected @ solved) / (1 - leverage)[:, None].clip(1e-6)
+        residual = (targets - mean - projected @ solved) / (1 - leverage)[:, None].clip(1e-6)
         error = (residual**2).mean(axis=0)
         better = error < best
         best[better] = error[better]
-        entries[:, better] = (vectors @ solved)[:, better]
-    return entries, mean_log - mean_input @ entries
+        entries[:, better], residuals[:, better] = (vectors @ solved)[:, better], residual[:, better]
+    return entries, mean - mean_input @ entries, targets - residuals
 
 
 def _check_codes(codes: np.ndarray, options: Sequence[int]) -> None:

@@ -17,7 +17,8 @@ the latencies of the new device, which nobody knows before measuring: here they 
 
 Methods:
     ours                  `choose_samples` from a random half of the pool, then `TransferredPredictor`; known devices
-                          are known for the whole table, as smooth tables over the codes (`CodeTables`), MACs where
+                          are known for the whole table, as smooth tables over the codes (`CodeTables`, that add
+                          up to milliseconds or their logarithm, whichever is closer to what is left out), MACs where
                           there are any are one more of them, and the codes are the features
     ours_random_samples   the same with samples drawn at random
     ours_strict           `ours` without the other batch sizes of the same machine among the known devices
@@ -133,10 +134,12 @@ def transferred(task: Task, known: CodeTables, columns: np.ndarray, chosen: bool
     """Latencies of the queries by `TransferredPredictor`, the devices in `columns` being known as `known`."""
     table, pool, queries = task.table, task.split.pool, task.split.queries
     source_ms, measured_ms = table.beside(known, columns, pool), table.latency_ms[np.ix_(pool, columns)]
-    positions = task.random_samples
-    if chosen:
-        half = np.random.default_rng(task.seed).permutation(len(pool))[: max(len(pool) // 2, task.samples)]
-        positions = half[choose_samples(source_ms[half], task.samples, task.seed)]
+    half = np.random.default_rng(task.seed).permutation(len(pool))[: max(len(pool) // 2, task.samples)]
+
+    def choose(known_ms: np.ndarray) -> np.ndarray:
+        return half[choose_samples(known_ms[half], task.samples, task.seed)]
+
+    positions = choose(source_ms) if chosen else task.random_samples
     machines = [table.machines[column] for column in columns]
     if table.usable_macs is not None:  # no device to learn from how far off predictions are
         measured_ms, machines = np.column_stack([measured_ms, np.full(len(pool), np.nan)]), [*machines, "macs"]
@@ -147,6 +150,7 @@ def transferred(task: Task, known: CodeTables, columns: np.ndarray, chosen: bool
         features=known.encode(table.codes[pool]),
         groups=machines,
         measured_ms=measured_ms,
+        choose=choose if chosen else None,
     )
     found = predictor.predict(table.beside(known, columns, queries), known.encode(table.codes[queries]))
     actual = task.table.latency_ms[queries, task.target]
@@ -164,7 +168,7 @@ def own_table(task: Task) -> Answer:
 
 
 def _own(task: Task, rows: np.ndarray) -> Answer:
-    tables = CodeTables.fit(task.table.codes[rows], task.log_target[rows, None], task.table.options)
+    tables = tables_of(task.table, rows, task.log_target[rows, None])
     latency = np.exp(tables.log_ms(task.table.codes[task.split.queries])[:, 0])
     return latency, latency, None
 
@@ -260,7 +264,7 @@ def rounding_ceiling(smooth: np.ndarray, step: float) -> float:
 
 def run(table: Table, sources: Sequence[str], targets: Sequence[str], samples: int, draws: int) -> dict[str, Any]:
     """Scores of all methods for each target, the known devices being the sources other than it."""
-    whole = CodeTables.fit(table.codes, np.log(table.latency_ms), table.options)
+    whole = tables_of(table, np.arange(len(table.codes)), np.log(table.latency_ms))
     on_pool: dict[bytes, CodeTables] = {}
     scores: dict[str, dict[str, list[dict[str, float]]]] = {}
     told: dict[str, dict[str, Any]] = {}
@@ -303,12 +307,17 @@ def run(table: Table, sources: Sequence[str], targets: Sequence[str], samples: i
     return {"methods": methods_told, "targets": told, "seconds": round(time.perf_counter() - started, 1)}
 
 
+def tables_of(table: Table, rows: np.ndarray, log_ms: np.ndarray) -> CodeTables:
+    """Smooth latencies of devices measured as log_ms (rows, D)."""
+    return CodeTables.fit(table.codes[rows], log_ms, table.options, milliseconds=True)
+
+
 def known_on(table: Table, pool: np.ndarray, whole: CodeTables) -> CodeTables:
     """Tables of all devices fitted on the pool; of a device with hardly any measurement there, those of the whole."""
     logs = np.log(table.latency_ms[pool])
     few = np.isfinite(logs).sum(axis=0) < 20
     logs[:, few] = whole.log_ms(table.codes[pool])[:, few]
-    return CodeTables.fit(table.codes[pool], logs, table.options)
+    return tables_of(table, pool, logs)
 
 
 def clock(table: Table, split: Split, target: int) -> dict[str, float]:
@@ -318,7 +327,7 @@ def clock(table: Table, split: Split, target: int) -> dict[str, float]:
     if step is None:
         return {}
     measured = np.flatnonzero(np.isfinite(latency))
-    tables = CodeTables.fit(table.codes[measured], np.log(latency[measured, None]), table.options)
+    tables = tables_of(table, measured, np.log(latency[measured, None]))
     smooth = np.exp(tables.log_ms(table.codes[split.queries])[:, 0])
     return {"resolution": step, "spearman_allowed_by_resolution": round(rounding_ceiling(smooth, step), 4)}
 

@@ -17,7 +17,7 @@ from predictors.code_tables import PAIR_SCALE, RIDGES
 def test_looks_up_what_a_loop_adds_up(rng: np.random.Generator) -> None:
     options = (2, 3, 4)
     entries = rng.normal(size=(2 + 3 + 4 + 6 + 8 + 12, 2))
-    tables = CodeTables(options, True, np.array([0.5, -1.0]), entries)
+    tables = CodeTables(options, True, np.array([0.5, -1.0]), entries, np.full(2, np.nan))
     codes = np.array(list(product(*map(range, options))))
     for row, found in zip(codes, tables.log_ms(codes), strict=True):
         total, start = tables.constant.copy(), 0
@@ -29,6 +29,38 @@ def test_looks_up_what_a_loop_adds_up(rng: np.random.Generator) -> None:
             start += options[i] * options[j]
         np.testing.assert_allclose(found, total, rtol=1e-12)
     np.testing.assert_allclose(tables.encode(codes) @ entries + tables.constant, tables.log_ms(codes))
+
+
+def test_milliseconds_are_summed_and_not_less_than_the_least() -> None:
+    entries = np.array([[1.0, 0.0], [4.0, 1.0], [0.5, -2.0], [3.0, 2.0]])
+    tables = CodeTables((2, 2), False, np.array([1.0, 0.5]), entries, np.array([3.0, np.nan]))
+    found = tables.log_ms(np.array([[0, 0], [1, 0], [0, 1], [1, 1]]))
+    np.testing.assert_allclose(np.exp(found[:, 0]), [3.0, 5.5, 5.0, 8.0])  # the first adds up to 2.5
+    np.testing.assert_allclose(found[:, 1], [-1.5, -0.5, 2.5, 3.5])
+    with pytest.raises(ValueError, match="milliseconds cannot be combined"):
+        tables.combined(np.ones(2), 0.0)
+
+
+def test_each_device_gets_the_sum_that_predicts_what_is_left_out(rng: np.random.Generator) -> None:
+    """One adds up milliseconds, one their logarithms; a third of each is measured elsewhere."""
+    codes = rng.integers(0, 3, size=(150, 12))
+    parts = rng.uniform(0, 1, size=(3, 12))[codes, np.arange(12)] ** 3
+    added, multiplied = np.log(0.3 + parts.sum(axis=1)), 3 * parts.sum(axis=1)
+    logs = np.stack([added, multiplied, added], axis=1) + 0.01 * rng.normal(size=(150, 3))
+    logs[100:, 2] = np.nan
+    tables = CodeTables.fit(codes, logs, milliseconds=True)
+    assert np.isnan(tables.least_ms).tolist() == [False, True, False]
+    np.testing.assert_allclose(
+        tables.least_ms[[0, 2]], [0.5 * np.exp(logs[:, 0]).min(), 0.5 * np.exp(logs[:100, 2]).min()]
+    )
+    one_hot = np.hstack([codes[:, [i]] == np.arange(3) for i in range(12)]).astype(float)
+    for column, rows in ((0, slice(None)), (2, slice(100))):
+        ms = np.exp(logs[rows, column])
+        oracle = RidgeCV(alphas=RIDGES).fit(one_hot[rows], ms / ms.mean()).predict(one_hot) * ms.mean()
+        np.testing.assert_allclose(np.exp(tables.log_ms(codes)[:, column]), np.maximum(oracle, ms.min() / 2), rtol=1e-6)
+    alone = CodeTables.fit(codes, logs)
+    np.testing.assert_allclose(tables.log_ms(codes)[:, 1], alone.log_ms(codes)[:, 1])
+    assert np.isnan(alone.least_ms).all()
 
 
 def test_fits_as_the_ridge_of_scikit_learn(rng: np.random.Generator) -> None:
@@ -61,11 +93,14 @@ def test_combines_devices(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(combined.log_ms(codes)[:, 0], expected)
 
 
+@pytest.mark.parametrize("least_ms", [np.nan, 1.0])
 @pytest.mark.parametrize(("choices", "pairs"), [(6, True), (22, False)])
-def test_a_million_architectures_in_a_second(rng: np.random.Generator, choices: int, pairs: bool) -> None:
+def test_a_million_architectures_in_a_second(
+    rng: np.random.Generator, choices: int, pairs: bool, least_ms: float
+) -> None:
     options = (5,) * choices
     width = 5 * choices + 25 * (choices * (choices - 1) // 2 if pairs else 0)
-    tables = CodeTables(options, pairs, np.zeros(1), rng.normal(size=(width, 1)))
+    tables = CodeTables(options, pairs, np.full(1, 1e3), rng.normal(size=(width, 1)), np.array([least_ms]))
     codes = rng.integers(0, 5, size=(1_000_000, choices))
     start = time.process_time()
     tables.log_ms(codes)
@@ -74,7 +109,9 @@ def test_a_million_architectures_in_a_second(rng: np.random.Generator, choices: 
 
 def test_saves_and_loads(rng: np.random.Generator, tmp_path: Path) -> None:
     codes = rng.integers(0, 3, size=(90, 3))
-    tables = CodeTables.fit(codes, rng.normal(size=(90, 2)))
+    latency_ms = 0.1 + rng.uniform(size=(3, 2))[codes].sum(axis=1) * rng.uniform(0.99, 1.01, size=(90, 2))
+    tables = CodeTables.fit(codes, np.log(latency_ms), milliseconds=True)
+    assert np.isfinite(tables.least_ms).any()
     tables.save(tmp_path / "tables.npz")
     loaded = CodeTables.load(tmp_path / "tables.npz")
     assert loaded.options == tables.options
@@ -87,7 +124,7 @@ def test_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no tables"):
         CodeTables.load(path)
     np.savez(path, schema="fitnest.code_tables", version=99)
-    with pytest.raises(ValueError, match="version is 99, this program reads 1"):
+    with pytest.raises(ValueError, match="version is 99, this program reads 2"):
         CodeTables.load(path)
     np.savez(path, schema="other")
     with pytest.raises(ValueError, match="schema is 'other'"):

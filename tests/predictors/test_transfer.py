@@ -105,6 +105,39 @@ def test_intervals_cover_measurements_of_a_new_device(rng: np.random.Generator) 
     assert np.mean(widths) < 0.2  # 1.64 standard deviations of the noise alone are 0.08
 
 
+def test_known_devices_are_sampled_as_the_new_one_was(rng: np.random.Generator) -> None:
+    """With samples chosen from the other machines' latencies, widths are those of fitting each known device by hand."""
+    known, measured = devices(rng, 7, noise=0.05)
+    groups, seen = list("aabcde"), []
+
+    def choose(source_ms: np.ndarray) -> np.ndarray:
+        rows = choose_samples(source_ms, 8, seed=4)
+        seen.append((np.log(source_ms) - np.log(source_ms).mean(axis=0), rows))
+        return rows
+
+    chosen = choose(known[:, :6])
+    predictor = TransferredPredictor().fit(
+        known[:, :6], chosen, measured[chosen, 6], groups=groups, measured_ms=measured[:, :6], choose=choose
+    )
+    ratios, weights = [], []
+    for s, (told, rows) in enumerate(seen[1:]):
+        others = [t for t in range(6) if groups[t] != groups[s]]
+        z = np.log(known[:, others])
+        np.testing.assert_allclose(told, z - z.mean(axis=0), atol=1e-9)
+        alone = TransferredPredictor().fit(known[:, others], rows, measured[rows, s])
+        rest = np.setdiff1d(np.arange(81), rows)
+        error = np.abs(np.log(measured[rest, s] / alone.predict(known[:, others]).mean_ms[rest]))
+        ratios.append(error / alone.to_json()["spread"])
+        weights.append(np.full(len(rest), 1 / groups.count(groups[s]) / len(rest)))
+    assert len(ratios) == 6
+    order = np.argsort(np.concatenate(ratios))
+    passed = np.cumsum(np.concatenate(weights)[order]) >= 0.9 * 5 - 1e-9
+    factor = np.concatenate(ratios)[order][np.flatnonzero(passed)[0]]
+    assert np.log1p(predictor.report()["interval"][1]) == pytest.approx(
+        factor * predictor.to_json()["spread"], rel=0.02
+    )
+
+
 def test_devices_of_one_machine_do_not_vouch_for_each_other(rng: np.random.Generator) -> None:
     known, measured = devices(rng, 6, noise=0.0)
     twins = np.column_stack([known[:, :5], known[:, :5] * 2])  # each device twice
