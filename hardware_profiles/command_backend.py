@@ -306,7 +306,9 @@ class _Campaign:
         if subject is not self.anchor:
             return _Failed(message, subject.name)
         if not isinstance(error, CommandNotFound):
-            message += "; a device that runs no float network is measured without an anchor (anchor: false)"
+            message += (
+                "; if the command is right and only this float network fails, measure without an anchor (anchor: false)"
+            )
         return _Failed(message)
 
     def _title(self, subject: _Subject) -> str:

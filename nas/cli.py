@@ -40,20 +40,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.verb not in (_run, _train) and os.environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError("torchrun starts several processes, which only train together; expected nas train or run")
         parsed.verb(parsed)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains on leaving
     except Exception as error:
         code = _exit_code(error)
         if code is None or parsed.debug:
             raise
-        print(f"nas: {_one_line(error)}", file=sys.stderr)
+        print(f"nas: {_told(error)}", file=sys.stderr)
         return code
     return DONE
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error.args[0] if isinstance(error, LookupError) and error.args else error).split())
+def _told(error: Exception) -> str:
+    """In one line, but for what cannot be met, which tells the nearest point in lines of its own."""
+    from nas.costs import Infeasible
+
+    text = str(error.args[0] if isinstance(error, LookupError) and error.args else error)
+    lines = text.splitlines() if isinstance(error, Infeasible) else [text]
+    return "\n".join(" ".join(line.split()) for line in lines)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -222,7 +230,7 @@ def _pareto(parsed: argparse.Namespace) -> None:
         raise Infeasible(nearest_message(front.points or front.others, limits))
     shown = kept
     if parsed.best or parsed.knee:
-        shown = replace(kept, points=(kept.best(parsed.best) if parsed.best else kept.knee(),))
+        shown = replace(kept, points=(kept.best(parsed.best) if parsed.best else kept.knee(),), left=())
     if parsed.plot:
         kept.plot(parsed.plot, parsed.kind)
         print(f"picture: {parsed.plot}", file=sys.stderr)
@@ -277,7 +285,7 @@ def _compare(parsed: argparse.Namespace) -> None:
             raise Infeasible(nearest_message(front.points or front.others, limits))
     comparison = kept[0].against(kept[1], reference)
     if parsed.plot:
-        plot_against(comparison, parsed.plot)
+        plot_against(comparison, parsed.plot, _names(parsed.run, parsed.against))
         print(f"picture: {parsed.plot}", file=sys.stderr)
     print(json.dumps(comparison.to_dict(), indent=1) if parsed.format == "json" else comparison_text(comparison))
 
@@ -293,7 +301,7 @@ def _export(parsed: argparse.Namespace) -> None:
         precisions = run.space.lower(architecture).precisions
         point = Evaluation(architecture.id, str(architecture), {}, precisions)
     elif parsed.id:
-        point = run.front.find(parsed.id)
+        point = run.find(parsed.id)
     else:
         point = run.front.best(parsed.best, [parse_limit(text) for text in parsed.limit])
     folder, manifest = run.export(point, parsed.out)
@@ -524,6 +532,15 @@ def _doctor(parsed: argparse.Namespace) -> None:
     if found.required:
         raise SystemExit(FAILED)
     print("nothing required is missing")
+
+
+def _names(first: Path, second: Path) -> tuple[str, str]:
+    """What two fronts are called in a picture: A and B, as in the table, and the least of their paths that differs."""
+    for count in range(1, 1 + max(len(first.parts), len(second.parts))):
+        short = ["/".join(path.parts[-count:]) for path in (first, second)]
+        if short[0] != short[1]:
+            break
+    return f"A ({short[0]})", f"B ({short[1]})"
 
 
 # printing ------------------------------------------------------------------------------------------------

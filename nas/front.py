@@ -47,7 +47,7 @@ def costs_of(evaluations: Sequence[Evaluation], objectives: Sequence[Objective])
     return np.asarray(rows, dtype=float).reshape(len(evaluations), len(objectives))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParetoFront:
     """Non-dominated evaluations, with what they were searched for.
 
@@ -64,6 +64,16 @@ class ParetoFront:
     limits: tuple[Limit, ...] = ()
     noise: Mapping[str, float] | None = None
     left: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Counts and ranges; `to_frame` has the points."""
+        ranges = [
+            f"{objective.key} {min(values):.4g} to {max(values):.4g}"
+            for objective in self.objectives
+            if (values := [point[objective.key] for point in self.points])
+        ]
+        counts = f"{len(self.points)} points", *ranges, f"{len(self.others)} others"
+        return f"<ParetoFront: {', '.join(counts)}>"
 
     @property
     def departed(self) -> tuple[Evaluation, ...]:
@@ -335,7 +345,7 @@ def nearest_message(evaluations: Sequence[Evaluation], limits: Sequence[Limit]) 
     broken = [limit for limit in judged if limit.violation(nearest.figures[limit.key]) > 0]
     reached = ", ".join(dict.fromkeys(f"{limit.key}={_shown(limit, nearest)}" for limit in judged))
     return (
-        f"no architecture found meets {', '.join(map(str, limits))}; what binds is {', '.join(map(str, broken))}. "
+        f"no architecture found meets {', '.join(map(str, limits))}; what binds is {', '.join(map(str, broken))}.\n"
         f"The nearest reachable point is {nearest.id}: {reached}"
     )
 

@@ -33,6 +33,8 @@ def read_objective(text: str) -> Objective:
     try:
         return parse_objective(text)
     except UnknownFigure as error:
+        if name:
+            raise UnknownFigure(f"{text}: expected {name}:max or {name}:min, got the direction {direction!r}") from None
         raise UnknownFigure(
             f"{error}; a column that is none of these needs its direction: {text}:max or :min"
         ) from None

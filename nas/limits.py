@@ -459,8 +459,9 @@ class _Judge:
         architecture = self.space.from_codes(nearest)
         return (
             f"no architecture {'' if proven else 'found '}meets {', '.join(map(str, self.costs.limits))}; "
-            f"what binds is {', '.join(map(str, binding))}{reach}. "
-            f"The nearest reachable point is {architecture.id}: {', '.join(values)}; it is {architecture}"
+            f"what binds is {', '.join(map(str, binding))}{reach}.\n"
+            f"The nearest reachable point is {architecture.id}: {', '.join(values)}\n"
+            f"It is {architecture}"
         )
 
     def _irreducible(self, ranges: Sequence[Range]) -> list[Limit]:

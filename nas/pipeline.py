@@ -39,6 +39,7 @@ from search_spaces import SearchSpace, build_space
 
 log = logging.getLogger(__name__)
 
+EARLIER_FRONTS = "fronts"  # folder of those that another search replaced, by number
 FIXED = ("name", "seed", "data", "space", "train")  # what a run directory is made of; the rest may change
 
 
@@ -290,7 +291,8 @@ class Run:
     def search(self, storage: str | None = None, *, nested: bool = False) -> ParetoFront:
         """Search, then re-measure the front; both kept in front.json, which is reused while nothing changed.
 
-        With `nested` the nested family takes the place of a search.
+        The front of an earlier search is kept in `fronts/`, where `find` still knows its points. With `nested` the
+        nested family takes the place of a search.
         """
         plan = self.experiment.search
         objectives, limits = plan.parsed_objectives, plan.parsed_limits
@@ -303,9 +305,40 @@ class Run:
             found = self.nested() if nested else self._searched(storage)
         with stage(self.folder, "measure"):
             front = remeasure(found, self.evaluator, self.devices, patience_s=self.experiment.patience_s)
+        self._keep_earlier(path)
         front.save(path)
         write_json(about, {"search": key, "sha256": sha256_of(path)})
         return front
+
+    def _keep_earlier(self, path: Path) -> None:
+        """Put a copy of the front that is about to be replaced beside those before it."""
+        if path.exists():
+            kept = self.folder / EARLIER_FRONTS / f"{len(self._earlier_fronts()) + 1}.json"
+            write_text(kept, path.read_text(encoding="utf-8"))
+            log.info("the front before this one is kept: nas pareto %s", kept)
+
+    def _earlier_fronts(self) -> list[Path]:
+        """Those that were replaced, the newest first."""
+        return sorted((self.folder / EARLIER_FRONTS).glob("*.json"), key=lambda path: int(path.stem), reverse=True)
+
+    def find(self, id_: str) -> Evaluation:
+        """What a search of the run evaluated under this id, or the start of one: on its front, beside it or earlier.
+
+        Raises UnknownFigure where nothing is called so, or several architectures are.
+        """
+        earlier = self._earlier_fronts()
+        fronts = [(None, self.front), *((path, ParetoFront.load(path)) for path in earlier)]
+        for path, front in fronts:
+            found = [each for each in (*front.points, *front.others) if each.id.startswith(id_)]
+            if found and path is not None:
+                log.info("%s is of an earlier front, %s", id_, path)
+            if found:
+                return ParetoFront(front.objectives, tuple(found)).find(id_)
+        more = f", nor any of the {len(earlier)} before it" if earlier else ""
+        raise UnknownFigure(
+            f"no search of {self.folder} evaluated anything called {id_!r}: its front has no such id{more}; "
+            f"'nas pareto {self.folder}' lists them, and --architecture takes any text of an architecture"
+        )
 
     def nested(self) -> ParetoFront:
         """The front of the nested family, by val_search and predictions; after a search nothing is evaluated for it."""

@@ -147,7 +147,7 @@ class TransferredPredictor:
                 width of intervals is learned on them. By default `source_ms`.
             choose: how `chosen` were, as a function from latencies of known devices (n, any number) to rows. Each known
                 device in the place of the new one then gets the samples that would have been chosen for it; with
-                `chosen`, which its own latencies had a part in, intervals were too narrow (76 to 87 % instead of 90).
+                `chosen`, which its own latencies had a part in, intervals come out too narrow.
             provenance: how the new device was measured.
 
         Raises ValueError, saying what was expected, for fewer than four distinct samples, shapes that do not fit

@@ -54,7 +54,7 @@ from predictors.proposals import non_dominated
 
 KEPT = 0.99  # of the architectures are at least as good as the default reference
 MOST_CATEGORIES = 12  # a column of more distinct numbers is an integer parameter
-STEP = 10  # evaluations between two points of a curve
+STEP = 2  # evaluations between two points of a curve
 
 
 class BadInput(ValueError):

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from hardware_profiles.files import write_json
-from nas.cli import BAD_INPUT, DONE, FAILED, INFEASIBLE, main
+from nas.cli import BAD_INPUT, DONE, FAILED, INFEASIBLE, _names, main
 from nas.costs import Figure, at_most, maximize, minimize
 from nas.front import Evaluation, ParetoFront, to_dict
 from tests.nas import tiny
@@ -86,7 +86,8 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 def refused(capsys: pytest.CaptureFixture[str], code: int, said: str, *arguments: object) -> None:
     got, out, err = call(capsys, *arguments)
     assert got == code and out == ""
-    assert said in err and len(err.splitlines()) == 1 and err.startswith("nas: "), err
+    lines = {INFEASIBLE: (1, 2, 3)}.get(code, (1,))
+    assert said in err and len(err.splitlines()) in lines and err.startswith("nas: "), err
 
 
 def files(folder: Path) -> set[Path]:
@@ -153,7 +154,7 @@ def test_a_picture_is_written_where_it_is_asked_for(run_folder: Path, capsys: py
         (BAD_INPUT, ["--limit", "quick"], "write NAME[@DEVICE]<=NUMBER[unit]"),
         (BAD_INPUT, ["--best", "speed"], "unknown figure 'speed'"),
         (BAD_INPUT, ["--best", "macs"], "the front has no macs"),
-        (INFEASIBLE, ["--limit", "latency_ms@toy<=0.1"], "what binds is latency_ms@toy<=0.1. The nearest reachable"),
+        (INFEASIBLE, ["--limit", "latency_ms@toy<=0.1"], "what binds is latency_ms@toy<=0.1.\nThe nearest reachable"),
         (INFEASIBLE, ["--limit", "accuracy>=0.85", "--limit", "latency_ms@toy<=1.5"], "The nearest reachable point is"),
     ],
 )
@@ -333,7 +334,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, capsys: pyt
         (["search"], "has no trained supernet yet; run 'nas train"),
         (["trust"], "has no trained supernet yet; run 'nas train"),
         (["export", "--id", "aa1"], "has no trained supernet yet"),
-        (["export", "--id", "zz"], "0 points of the front have an id that starts with 'zz'"),
+        (["export", "--id", "zz"], "evaluated anything called 'zz': its front has no such id; 'nas pareto"),
         (["export", "--id", "a"], "2 points of the front have an id that starts with 'a'"),
         (["export", "--best", "macs"], "the front has no macs"),
         (["export", "--architecture", "depth=7"], "has no choice 'depth'"),
@@ -604,6 +605,36 @@ def test_what_left_the_front_once_measured_is_marked_below_it_with_what_was_beli
     assert lines[4].startswith("2 non-dominated subnets; ")
     assert lines[5] == "* 1 that the search had on its front and that left it once measured anew"
     assert "*" not in table(replace(front, left=()))
+
+
+def test_a_single_point_comes_without_what_left_the_front(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replace(FRONT, left=("x",)).save(run_folder / "front.json")
+    assert "* x" in call(capsys, "pareto", run_folder)[1]
+    for query in (["--best", "accuracy"], ["--knee"]):
+        code, out, _ = call(capsys, "pareto", run_folder, *query)
+        assert code == DONE and len(out.splitlines()) == 3 and "*" not in out
+
+
+def test_whoever_has_seen_enough_may_stop_reading(run_folder: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `head` does once it has its lines
+    command = [sys.executable, "-m", "nas", "pareto", str(run_folder), "--format", "json"]
+    with os.fdopen(writing, "w") as closed:
+        ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    assert ended.returncode == DONE and ended.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ("runs/a", "runs/b", ("A (a)", "B (b)")),
+        ("runs/a", "/old/a", ("A (runs/a)", "B (old/a)")),
+        ("runs/a", "runs/a/fronts/1.json", ("A (a)", "B (1.json)")),
+        ("runs/a", "runs/a", ("A (runs/a)", "B (runs/a)")),
+    ],
+)
+def test_fronts_in_a_picture_are_called_by_what_differs(first: str, second: str, names: tuple[str, str]) -> None:
+    assert _names(Path(first), Path(second)) == names
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["devices"], ["spaces"]])

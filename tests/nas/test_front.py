@@ -138,7 +138,7 @@ def test_best_under_limits(front: ParetoFront) -> None:
     assert front.best("accuracy", {"latency_ms@cpu": 4.0}).id == "d"
     assert front.best("latency_ms@cpu", {"accuracy": 0.75}).id == "b"
     assert front.best("latency_ms@cpu", [at_least("accuracy", 0.85)]).id == "d"
-    with pytest.raises(Infeasible, match=r"what binds is latency_ms@cpu<=0\.5.*nearest reachable point is a: .*=1"):
+    with pytest.raises(Infeasible, match=r"(?s)what binds is latency_ms@cpu<=0\.5.*nearest reachable point is a: .*=1"):
         front.best("accuracy", {"latency_ms@cpu": 0.5})
     for wrong in ("sram_bytes@cpu", "latency_ms@gpu"):
         with pytest.raises(UnknownFigure, match=f"the front has no {wrong}; it has accuracy, latency_ms@cpu, macs"):
@@ -186,10 +186,15 @@ def test_the_message_names_what_binds_and_prefers_points_that_are_known() -> Non
     limits = [at_least("accuracy", 0.95), at_most("latency_ms", 5, "cpu")]
     unknown = replace(point("x", 0.99, 5.1), figures={"latency_ms@cpu": Figure.exact(5.1)})
     message = nearest_message([point("far", 0.90, 90), point("near", 0.94, 4.5), unknown], limits)
-    assert "what binds is accuracy>=0.95. The nearest reachable point is near: accuracy=0.94" in message
+    assert "what binds is accuracy>=0.95.\nThe nearest reachable point is near: accuracy=0.94" in message
     assert "latency_ms@cpu=4.5" in message
     assert nearest_message([unknown], limits).endswith("nearest reachable point is x: latency_ms@cpu=5.1")
     assert "no point" in nearest_message([], limits)
+
+
+def test_a_front_is_shown_by_its_counts_and_ranges(front: ParetoFront) -> None:
+    assert repr(front) == "<ParetoFront: 4 points, accuracy 0.7 to 0.905, latency_ms@cpu 1 to 9, 1 others>"
+    assert repr(ParetoFront(OBJECTIVES, ())) == "<ParetoFront: 0 points, 0 others>"
 
 
 # files ---------------------------------------------------------------------------------------------------

@@ -163,5 +163,7 @@ def test_a_study_of_ours_brings_its_figures_and_wants_its_objectives() -> None:
 def test_objectives_as_text() -> None:
     assert read_objective("my acc: x:max") == Objective("my acc: x", "maximize", foreign=True)
     assert read_objective("macs") == minimize("macs")
+    with pytest.raises(UnknownFigure, match="accuracy:maxx: expected accuracy:max or accuracy:min, got the direction"):
+        read_objective("accuracy:maxx")
     with pytest.raises(UnknownFigure, match="needs its direction"):
         read_objective("acc")

@@ -189,6 +189,27 @@ def test_a_search_with_other_limits_keeps_the_recipe(run: Run) -> None:
     assert Run.open(run.folder).experiment == run.experiment
 
 
+def test_the_front_of_an_earlier_search_is_kept_and_its_points_can_be_exported(
+    run: Run, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = run.front
+    slowest = first.points[-1]
+    limit = f"{first.objectives[1].key}<={first.points[0][first.objectives[1].key]}"
+    with caplog.at_level("INFO"):
+        second = with_search(run, [limit]).search()
+    assert slowest.id not in {each.id for each in second.points}
+    assert ParetoFront.load(run.folder / "fronts" / "1.json") == first
+    assert "the front before this one is kept" in caplog.text and "fronts/1.json" in caplog.text
+    run.search()  # the recipe's own again
+    assert ParetoFront.load(run.folder / "fronts" / "2.json") == second
+    ParetoFront(first.objectives, (replace(slowest, id="only-there"),)).save(run.folder / "fronts" / "1.json")
+    assert run.find("only").architecture == slowest.architecture
+    beside = next(each for each in first.others if each.id not in {point.id for point in first.points})
+    assert run.find(beside.id).id == beside.id
+    assert main(["export", str(run.folder), "--id", "no such"]) == 2
+    assert "evaluated anything called 'no such': its front has no such id, nor any of the 2" in capsys.readouterr().err
+
+
 def test_a_live_device_is_profiled_once_and_its_front_is_measured(
     tmp_path: Path, calls: list[str], machine: None
 ) -> None:
