@@ -24,7 +24,7 @@ def recalibrate(subnet: Subnet, batches: Iterable[Tensor]) -> Subnet:
     the training set, in random order, since a norm sees what the norms before it made of its own batch.
     Weights do not change. Raises ValueError when there is no image.
     """
-    norms = [held for held in subnet.modules() if isinstance(held, LayerParameters) and "norm_mean" in held.names]
+    norms = _norms(subnet)
     means = [torch.zeros_like(norm.norm_mean, dtype=torch.float64) for norm in norms]
     squares = [torch.zeros_like(mean) for mean in means]
     seen = 0
@@ -40,6 +40,23 @@ def recalibrate(subnet: Subnet, batches: Iterable[Tensor]) -> Subnet:
         for norm, mean, square in zip(norms, means, squares, strict=True):
             norm.norm_mean.copy_(mean / seen)
             norm.norm_variance.copy_((square / seen - (mean / seen).square()).clamp_min(0.0))
+    return subnet.eval()
+
+
+def _norms(subnet: Subnet) -> list[LayerParameters]:
+    return [held for held in subnet.modules() if isinstance(held, LayerParameters) and "norm_mean" in held.names]
+
+
+def statistics_of(subnet: Subnet) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance (channels,) of each norm, as copies."""
+    return [(norm.norm_mean.clone(), norm.norm_variance.clone()) for norm in _norms(subnet)]
+
+
+def with_statistics(subnet: Subnet, statistics: Iterable[tuple[Tensor, Tensor]]) -> Subnet:
+    """Set what `statistics_of` gave of a subnet of the same layers, in place; returns the subnet."""
+    for norm, (mean, variance) in zip(_norms(subnet), statistics, strict=True):
+        norm.norm_mean.copy_(mean)
+        norm.norm_variance.copy_(variance)
     return subnet.eval()
 
 

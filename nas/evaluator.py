@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from hardware_profiles.machine import int8_weight_limit
+from hardware_profiles.quantization import Range
 from nas.data import Data
-from nas.evaluate import calibration_images, count_correct, recalibrate
+from nas.evaluate import calibration_images, count_correct, recalibrate, statistics_of, with_statistics
 from nas.quantize import Quantized, quantize
-from nas.supernet import Supernet
+from nas.supernet import Subnet, Supernet
 from search_spaces import Architecture
 
 STAGES = (1 / 8, 1 / 4, 1 / 2)  # of a split, after which an evaluation may stop
 FEWEST_IMAGES = 64  # of a first stage
+REMEMBERED = 1000  # calibrations: statistics of norms and two numbers a tensor each
 SURE = 3.0  # standard errors: the whole split says otherwise about once in a thousand
 
 
@@ -94,6 +97,30 @@ class Accuracies:
                 self._held[where] = correct
 
 
+class _Images:
+    """The first images of the calibration split, in batches; read once they are asked for."""
+
+    def __init__(self, data: Data, subnet: Subnet, count: int) -> None:
+        self._data, self._subnet, self._count = data, subnet, count
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self._batches)
+
+    @cached_property
+    def _batches(self) -> tuple[torch.Tensor, ...]:
+        device = next(self._subnet.parameters()).device
+        read = torch.cat([x.to(device) for x in calibration_images(self._data, self._subnet)])[: self._count]
+        return read.tensor_split(-(-len(read) // 128))  # even: a norm takes no batch of one image
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What the calibration images say of an architecture in floats, whatever the precisions it is deployed in."""
+
+    statistics: list[tuple[torch.Tensor, torch.Tensor]]
+    ranges: dict[str, Range]  # grows
+
+
 class Evaluator:
     """Accuracy of architectures as they would be deployed: recalibrated and quantized.
 
@@ -114,15 +141,24 @@ class Evaluator:
         parts = (supernet.space.name, self.supernet_sha256, data.key, calibration, self.weight_limit)
         self.key = hashlib.sha256(repr(parts).encode()).hexdigest()
         self._results = Accuracies(results, self.key)
+        self._calibrations: dict[Architecture, _Calibration] = {}
 
     def deploy(self, architecture: Architecture) -> Quantized:
-        """The subnet with its own norm statistics and ranges, folded and quantized."""
+        """The subnet with its own norm statistics and ranges, folded and quantized.
+
+        Those of an architecture that differs in precision alone are used again.
+        """
         subnet = self.supernet.extract(architecture)
-        device = next(subnet.parameters()).device
-        images = [x.to(device) for x in calibration_images(self.data, subnet)]
-        some = torch.cat(images)[: self._calibration]
-        images = list(some.tensor_split(-(-len(some) // 128)))  # even: a norm takes no batch of one image
-        return quantize(recalibrate(subnet, images), images, self.weight_limit)
+        images = _Images(self.data, subnet, self._calibration)
+        floats = self.supernet.space.undeployed(architecture)
+        held = self._calibrations.pop(floats, None)
+        if held is None:
+            held = _Calibration(statistics_of(recalibrate(subnet, images)), {})
+        deployed = quantize(with_statistics(subnet, held.statistics), images, self.weight_limit, ranges=held.ranges)
+        self._calibrations[floats] = held  # as the last one used
+        if len(self._calibrations) > REMEMBERED:
+            del self._calibrations[next(iter(self._calibrations))]
+        return deployed
 
     def accuracy(self, architecture: Architecture, split: str) -> float:
         """In 0..1, on the whole split."""

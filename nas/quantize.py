@@ -6,7 +6,7 @@ the ONNX writer follows too; here it only runs in torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +30,10 @@ from search_spaces import INPUT, Layer, Network, keeps_quantization
 
 
 class _Observer:
-    """A tap that remembers the smallest and largest value of each observed tensor."""
+    """A tap that remembers the smallest and largest value of some tensors."""
 
-    def __init__(self, network: Network) -> None:
-        self._observed = frozenset(observed_tensors(network))
+    def __init__(self, observed: Collection[str]) -> None:
+        self._observed = frozenset(observed)
         self.ranges: dict[str, Range] = {}
 
     def read(self, layer: Layer, source: str, tensor: Tensor) -> Tensor:
@@ -85,7 +85,9 @@ class Quantized:
     simulated: Subnet
 
 
-def quantize(subnet: Subnet, images: Iterable[Tensor], weight_limit: int) -> Quantized:
+def quantize(
+    subnet: Subnet, images: Iterable[Tensor], weight_limit: int, *, ranges: dict[str, Range] | None = None
+) -> Quantized:
     """Quantize the layers of a recalibrated subnet that its architecture codes as quantized.
 
     Args:
@@ -93,19 +95,24 @@ def quantize(subnet: Subnet, images: Iterable[Tensor], weight_limit: int) -> Qua
         images: batches at the network's resolution, of training images; their smallest and largest
             activations become the ranges (arXiv 1712.05877).
         weight_limit: largest weight integer, 127, or 63 where pairs of products saturate.
+        ranges: those known of the same network in floats and these images. Where one lacks, all tensors are observed
+            and added, so that no other choice of precisions needs the images again.
 
     A network without quantized layers comes back folded, with no ranges.
     """
     folded = subnet.fold()
     network = folded.network
-    observer = _Observer(network)
-    if observed_tensors(network):
+    observed, known = observed_tensors(network), {} if ranges is None else ranges
+    if any(name not in known for name in observed):
+        observer = _Observer(observed if ranges is None else (INPUT, *network.by_name))
         folded.tap = observer
         with torch.inference_mode():
             for batch in images:
                 folded(batch)
         folded.tap = None
-    affines = affines_of(network, observer.ranges)
+        known.update(observer.ranges)
+    found = {name: known[name] for name in observed if name in known}
+    affines = affines_of(network, found)
 
     def rounded(layer: Layer, parameters: Parameters) -> Parameters:
         if not (layer.has_weights and layer.precision.is_quantized):
@@ -122,4 +129,4 @@ def quantize(subnet: Subnet, images: Iterable[Tensor], weight_limit: int) -> Qua
 
     simulated = folded.with_weights(rounded, _FakeQuantizer(network, affines) if affines else None)
     simulated.to(next(folded.parameters()).device)
-    return Quantized(folded, observer.ranges, simulated.eval())
+    return Quantized(folded, found, simulated.eval())

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import optuna
+
 import nas
 from nas.pipeline import Run
 from nas.study import storage_url
@@ -43,3 +45,9 @@ def test_a_run_is_read(load_benchmark: Callable[[str], ModuleType], tmp_path: Pa
     assert script.main([str(folder), "--group", "4", "--out", str(out)]) == 0
     told = json.loads(out.read_text())
     assert told["architectures"] == 12 and 0 <= told["generation"] <= told["search"] < 1
+    front = run.space.undeployed
+    tried = [
+        trial.user_attrs["architecture"]
+        for trial in optuna.load_study(study_name=None, storage=storage_url(folder)).trials
+    ]
+    assert told["calibrated_before"] == round(1 - len({front(run.space.parse(text)) for text in tried}) / 12, 4)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from hardware_profiles.machine import int8_weight_limit
-from nas.evaluate import accuracy, calibration_order
+from nas import evaluator as module
+from nas.evaluate import accuracy, calibration_images, calibration_order
 from nas.evaluator import Accuracies, Evaluator, Score, stages
+from nas.quantize import Quantized
 from nas.supernet import Subnet
 from tests.nas import tiny
 
@@ -38,6 +40,53 @@ def test_norms_are_set_by_as_many_images_as_asked(monkeypatch: pytest.MonkeyPatc
         batches.clear()
         Evaluator(tiny.supernet(), tiny.data(), calibration=calibration).deploy(ARCHITECTURE)
         assert sum(batches) == min(calibration, 64)
+
+
+def same(first: Quantized, second: Quantized) -> bool:
+    """Weights and statistics to the last bit, and ranges."""
+    pairs = zip((first.folded, first.simulated), (second.folded, second.simulated), strict=True)
+    states = [(a.state_dict(), b.state_dict()) for a, b in pairs]
+    return first.ranges == second.ranges and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in states
+    )
+
+
+def test_precisions_of_one_architecture_are_calibrated_once_and_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    space, rng = tiny.space(), np.random.default_rng(5)
+    asked: list[int] = []
+    monkeypatch.setattr(module, "calibration_images", lambda *given: asked.append(1) or calibration_images(*given))
+    evaluator = Evaluator(tiny.supernet(), tiny.data())
+    mixed = space.sample(rng)
+    variants = [mixed, *(space.with_precision(mixed, name) for name in ("int8", "fp32")), mixed]
+    found = [evaluator.deploy(each) for each in variants]
+    assert len(asked) == 1 and len(set(variants)) == 3
+    other = space.smallest if space.undeployed(mixed) != space.undeployed(space.smallest) else space.largest
+    evaluator.deploy(other)
+    assert len(asked) == 2
+    for architecture, deployed in zip(variants, found, strict=True):
+        assert same(deployed, Evaluator(tiny.supernet(), tiny.data()).deploy(architecture))
+
+
+def test_ranges_are_seen_when_the_first_precision_that_needs_them_comes() -> None:
+    space = tiny.space()
+    floats, int8 = (space.with_precision(ARCHITECTURE, name) for name in ("fp32", "int8"))
+    evaluator = Evaluator(tiny.supernet(), tiny.data())
+    assert evaluator.deploy(floats).ranges == {}
+    assert same(evaluator.deploy(int8), Evaluator(tiny.supernet(), tiny.data()).deploy(int8))
+
+
+def test_calibrations_used_longest_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REMEMBERED", 2)
+    space, asked = tiny.space(), []
+    monkeypatch.setattr(module, "calibration_images", lambda *given: asked.append(1) or calibration_images(*given))
+    evaluator = Evaluator(tiny.supernet(), tiny.data())
+    drawn = {space.undeployed(space.sample(np.random.default_rng(i))) for i in range(20)}
+    first, second, third = sorted(drawn, key=str)[:3]
+    for architecture in (first, second, first, third, first):
+        evaluator.deploy(architecture)
+    assert len(asked) == 3
+    evaluator.deploy(second)
+    assert len(asked) == 4
 
 
 def test_stages_are_counted_together() -> None:
