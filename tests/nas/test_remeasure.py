@@ -182,7 +182,7 @@ def test_a_front_that_misses_its_limits_once_measured_is_infeasible(
         (*found.points, *found.others), found.objectives, limits=[at_most("latency_ms", 0.1, "host-cpu")]
     )
     assert limited.points
-    with pytest.raises(Infeasible, match=r"once measured, .*what binds is latency_ms@host-cpu<=0\.1.*nearest"):
+    with pytest.raises(Infeasible, match=r"(?s)once measured, .*what binds is latency_ms@host-cpu<=0\.1.*nearest"):
         nas.remeasure(limited, evaluator, {"host-cpu": host}, candidates=2)
 
 
