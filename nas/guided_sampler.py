@@ -120,7 +120,7 @@ class _History:
 class PredictorGuidedSampler(optuna.samplers.BaseSampler):
     """Fits a Gaussian process to each objective and proposes what promises the most hypervolume.
 
-    Works with 1 to 4 objectives of either direction; categorical, int and float parameters (a number with more than
+    Made for 1 to 4 objectives of either direction; for categorical, int and float parameters (a number with more than
     32 values is searched on 32 of them); constraints set by `Trial.set_constraint`; enqueued, pruned and failed
     trials; any storage. Parameters that only some trials have are drawn at random, on their own; once all values of the
     others were proposed, these are drawn at random too. A trial with the user attribute `unmeasured` teaches nothing,
