@@ -5,7 +5,8 @@ z_s(x); the new one is taken to be near one of them, nobody knows which:
 
     log latency(x) = a + (1 + b) z_s(x) + sum over t of c_t (z_t(x) - z_s(x)) + f(x) + noise
 
-a is free; b ~ N(0, slope^2); c_t ~ N(0, (mix * w_st)^2), w_st weighing the devices that are like s; f is linear in the
+The mean of all known devices is one more of them, for a device that is like none in particular. a is free;
+b ~ N(0, slope^2); c_t ~ N(0, (mix * w_st)^2), w_st weighing the devices that are like s; f is linear in the
 features, of standard deviation `residual`; the noise has one standard deviation. For given s, slope, mix, residual and
 noise this is a Gaussian process over the architectures. All combinations of a small grid are fitted in closed form and
 averaged with their marginal likelihoods as weights (Bayesian model averaging, Hoeting et al. 1999), so nothing is
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil, prod
 from pathlib import Path
@@ -381,6 +382,20 @@ def _variance(models: _Models, likeness: np.ndarray, known: _Known) -> np.ndarra
 
 def _fit(known: _Known, chosen: np.ndarray, log_ms: np.ndarray) -> _Average:
     """Fit every model on samples log_ms (k,), at rows `chosen` of what is known, and average them."""
+    if known.devices.shape[1] == 1:
+        return _fit_around(known, chosen, log_ms)
+    with_mean = np.column_stack([known.devices, known.devices.mean(axis=1)])
+    average = _fit_around(_Known(with_mean, known.features), chosen, log_ms)
+
+    def shared_out(values: np.ndarray) -> np.ndarray:
+        """What belongs to the mean (the last) belongs to all alike."""
+        return values[:-1] + values[-1] / (len(values) - 1)
+
+    return replace(average, coefficients=shared_out(average.coefficients), weights=shared_out(average.weights))
+
+
+def _fit_around(known: _Known, chosen: np.ndarray, log_ms: np.ndarray) -> _Average:
+    """The same with models that stand around each column of `known.devices`."""
     samples = known.rows(chosen)
     models, likeness = _grid(known.devices.shape[1], known.features.shape[1]), _likeness(known.devices)
     values, vectors = np.linalg.eigh(_covariance(models, likeness, samples, samples))

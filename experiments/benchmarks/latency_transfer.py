@@ -26,8 +26,8 @@ Methods:
     ours_pool_sources     `ours` with devices known on the rows of the pool only
     samples_only          tables over the codes fitted on the random samples alone: no transfer
     macs                  the number of MACs (where there is such a column)
-    count                 how often an option occurs in an architecture; the option which ranks the pool best on the
-                          known devices
+    count                 how often an option occurs in an architecture, or the value of a numeric column; the one
+                          which ranks the pool best on the known devices
     own_table             no method, but what ten samples cannot beat by much: tables fitted on all measurements of the
                           device itself other than the queries
 For `macs` and `count` a line through the ten random samples gives latencies; ranks are those of the number itself.
@@ -56,6 +56,7 @@ from predictors import CodeTables, TransferredPredictor, choose_samples
 
 POOL, QUERIES = 900, 1000
 FEWEST_QUERIES = 40
+FEW = 20  # measurements of a known device in the pool, with fewer of which all of its own are used
 MOST_OPTIONS = 32  # a numeric column with more distinct values is cut into bins
 BINS = 16
 NOT_DEVICES = re.compile(r"(^|_)(i?dx|index|id|macs|flops|params|std|acc|accuracy|unnamed)(_|$|:)", re.IGNORECASE)
@@ -183,15 +184,30 @@ def single_number(task: Task, number: np.ndarray) -> Answer:
 
 
 def best_count(table: Table, pool: np.ndarray, known: np.ndarray) -> tuple[str, np.ndarray]:
-    """The option whose number of occurrences ranks the pool best on known devices, and that number (n,), signed."""
+    """The number that ranks the pool best on known devices, its name, and that number (n,), signed."""
     best, name, number = -1.0, "", np.zeros(len(table.codes))
-    for label in sorted({label for labels in table.labels for label in labels}):
-        where = [labels.index(label) if label in labels else -1 for labels in table.labels]
-        count = (table.codes == np.array(where)).sum(axis=1).astype(float)
-        found = [spearman(count[pool], table.latency_ms[pool, column]) for column in known]
+    measured = np.isfinite(table.latency_ms[np.ix_(pool, known)]).sum(axis=0)
+    rows = pool if measured.min() >= FEW else np.arange(len(table.codes))  # known ones have architectures of their own
+    for label, count in single_numbers(table).items():
+        found = [spearman(count[rows], table.latency_ms[rows, column]) for column in known]
         if abs(mean := float(np.mean(found))) > best:
             best, name, number = abs(mean), label, np.sign(mean or 1.0) * count
     return name, number
+
+
+def single_numbers(table: Table) -> dict[str, np.ndarray]:
+    """Numbers (n,) by name: how often each option occurs, and the value of each choice among numbers."""
+    found: dict[str, np.ndarray] = {}
+    for label in sorted({label for labels in table.labels for label in labels}):
+        where = [labels.index(label) if label in labels else -1 for labels in table.labels]
+        found[label] = (table.codes == np.array(where)).sum(axis=1).astype(float)
+    for place, labels in enumerate(table.labels):
+        try:
+            values = np.array(list(map(float, labels)))
+        except ValueError:  # names of operations
+            continue
+        found[f"choice {place}"] = values[table.codes[:, place]]
+    return found
 
 
 # scores --------------------------------------------------------------------------------------------------
@@ -315,7 +331,7 @@ def tables_of(table: Table, rows: np.ndarray, log_ms: np.ndarray) -> CodeTables:
 def known_on(table: Table, pool: np.ndarray, whole: CodeTables) -> CodeTables:
     """Tables of all devices fitted on the pool; of a device with hardly any measurement there, those of the whole."""
     logs = np.log(table.latency_ms[pool])
-    few = np.isfinite(logs).sum(axis=0) < 20
+    few = np.isfinite(logs).sum(axis=0) < FEW
     logs[:, few] = whole.log_ms(table.codes[pool])[:, few]
     return tables_of(table, pool, logs)
 

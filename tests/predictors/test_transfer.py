@@ -27,6 +27,7 @@ def devices(rng: np.random.Generator, count: int, noise: float = 0.02) -> tuple[
 def oracle(devices: np.ndarray, features: np.ndarray, chosen: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
     """The averaged prediction (n,) of log-latencies, model by model."""
     z = np.log(devices) - np.log(devices).mean(axis=0)
+    z = np.column_stack([z, z.mean(axis=1)])  # nobody's device: what all have in common
     f = (features - features.mean(axis=0)) / features.std(axis=0) / np.sqrt(features.shape[1])
     count = z.shape[1]
     total, weights = np.zeros(len(z)), 0.0
