@@ -168,10 +168,10 @@ def test_beats_help_and_macs_on_nas_bench_201(
 def test_a_numeric_column_may_be_the_single_number_even_of_devices_with_architectures_of_their_own(
     script: ModuleType, rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = pd.DataFrame({"depth": rng.integers(1, 7, 600), "heads": rng.integers(1, 5, 600)})
+    rows = pd.DataFrame({"depth": rng.integers(1, 7, 600), "heads": rng.integers(1, 31, 600)})
     rows["wide"] = rng.choice(["yes", "no"], 600)
     rows["device"] = np.repeat(["a", "b", "c"], 200)
-    rows["ms"] = (10 * rows["depth"] - 0.1 * rows["heads"] + (rows["wide"] == "yes")) * rng.uniform(0.99, 1.01, 600)
+    rows["ms"] = (10 * rows["depth"] - 0.02 * rows["heads"] + (rows["wide"] == "yes")) * rng.uniform(0.99, 1.01, 600)
     columns = ["--architecture-columns", "depth,heads,wide", "--device-column", "device", "--latency-column", "ms"]
     arguments = ["--table", written(tmp_path, rows), *columns, "--samples", "6", "--draws", "1", "--json"]
     assert script.main(arguments) == 0
