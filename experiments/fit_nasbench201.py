@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiments.fitted import fit_command, fold_coverage, held_out_section, provenance, rounded
-from experiments.nasbench201_table import DEVICES, FREE, PRICES, TABLE, read_cell_table
+from experiments.nasbench201_table import CELLS, DEVICES, FREE, PRICES, TABLE, CellTable, read_cell_tables
 from experiments.prices import coefficients, families_in, priced
 from hardware_profiles.cost_model import FAMILIES
 from predictors.regression import (
@@ -34,11 +34,12 @@ SEED = 0
 
 
 def fit(data: Path) -> dict[str, Any]:
-    return {**provenance(COMMAND), "seed": SEED, "devices": {name: _fit_device(data, name) for name in DEVICES}}
+    tables = read_cell_tables(data / TABLE, data / CELLS, list(DEVICES.values()))
+    devices = {name: _fit_device(tables[device]) for name, device in DEVICES.items()}
+    return {**provenance(COMMAND), "seed": SEED, "devices": devices}
 
 
-def _fit_device(data: Path, name: str) -> dict[str, Any]:
-    table = read_cell_table(data, name)
+def _fit_device(table: CellTable) -> dict[str, Any]:
     amounts = priced(table.rows, PRICES)
     fold = folds_of(amounts, FOLDS, np.random.default_rng(SEED))  # cells that do the same share one
     left_out_ms = predict_left_out(amounts, table.latency_ms, fold)
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments,
         about=__doc__,
         name="fit_nasbench201",
-        needed=(TABLE,),
+        needed=(TABLE, CELLS),
         fit=fit,
         devices=lambda result: {name: device_sections(result, name) for name in DEVICES},
     )

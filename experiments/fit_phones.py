@@ -38,7 +38,7 @@ LARGEST_ERROR = 0.3  # mean, held out: a GPU that is predicted worse gets no pro
 
 def fit(data: Path) -> dict[str, Any]:
     """Prices of each GPU from all networks, and errors on each network left out on all GPUs."""
-    table = read_phone_table(data)
+    table = read_phone_table(data / TABLE, data / GRAPHS)
     prices = fit_pooled(table.priced, table.latency_ms)
     left_out_ms = predict_networks_left_out(table.priced, table.latency_ms, np.arange(len(table.names)))
     return {

@@ -8,15 +8,15 @@ descriptions of the submissions, in the results repositories of those rounds.
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tflite_graph import graph_features, read_operators
 
+from experiments.measurements import BadInput, positive, read_rows
 from hardware_profiles.cost_model import features
 from search_spaces import INPUT, INT8, Layer, Network
 from search_spaces import layers as L
@@ -24,6 +24,7 @@ from search_spaces.layers import Port, assemble, port
 
 KIB = 1024
 H743_TABLE, MLPERF_TABLE = "mcu_stm32h743.csv", "mcu_mlperf_tiny.csv"
+STRUCTURES, MODELS = "mcunet", "mlperf_tiny_models"
 
 # Row of the table -> (structure, resolution, architecture). The zoo calls in0..in4 by their limits; the three vww
 # rows have no structure there. Both proxyless rows are one architecture, and are left out of a fit together. The
@@ -79,6 +80,33 @@ H743_BOARDS = {
     "x_cube_ai_7_3": "stm32h743 X-CUBE-AI 7.3",
     "tinyengine": "stm32h743 TinyEngine",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class H743Columns:
+    """The columns of TinyEngine's table; those of memory are read where they are there."""
+
+    network: str = "net_id"
+    library: str = "library"
+    latency: str = "latency_ms"
+    sram: str = "sram_kB"
+    flash: str = "flash_kB"
+
+
+@dataclass(frozen=True, slots=True)
+class MlperfColumns:
+    """The columns of MLPerf Tiny's table; `board` are those of the round, submitter and system, as in `MLPERF_BOARDS`.
+
+    Energy is read where it is there.
+    """
+
+    task: str = "task"
+    board: tuple[str, str, str] = ("round", "submitter", "system")
+    latency: str = "latency_ms"
+    energy: str = "energy_uJ_per_inf"
+
+
+H743_COLUMNS, MLPERF_COLUMNS = H743Columns(), MlperfColumns()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,52 +175,79 @@ def zoo_network(structure: Mapping[str, Any], resolution: int) -> Network:
     return assemble(image.shape, [(*made, pool, flat, classifier)])
 
 
-def has_data(folder: Path) -> bool:
-    return (folder / H743_TABLE).is_file() and (folder / MLPERF_TABLE).is_file()
+def zoo_networks(structures: Path, names: Iterable[str]) -> dict[str, Network]:
+    """Networks of `ROWS` by their names, in the order of `ROWS`; raises BadInput."""
+    wanted = set(names)
+    found = {}
+    for name, (file, resolution, _) in ROWS.items():
+        if name in wanted:
+            path = structures / f"{file}.json"
+            try:
+                found[name] = zoo_network(json.loads(path.read_text(encoding="utf-8")), resolution)
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise BadInput(f"{path}: the structure of {name} cannot be used ({error})") from None
+    return found
 
 
 def read_runs(data: Path) -> list[Run]:
-    """All measurements of networks with a known structure; what does not fit a device was not measured."""
-    return [*_read_h743(data), *_read_mlperf(data)]
+    """All measurements of networks with a known structure, by the names that the files have in a folder."""
+    return [*read_h743(data / H743_TABLE, data / STRUCTURES), *read_mlperf(data / MLPERF_TABLE, data / MODELS)]
 
 
-def _read_h743(data: Path) -> list[Run]:
-    networks = {
-        name: zoo_network(json.loads((data / "mcunet" / f"{file}.json").read_text()), resolution)
-        for name, (file, resolution, _) in ROWS.items()
-    }
-    with (data / H743_TABLE).open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["net_id"] in networks and row["latency_ms"]]
+def read_h743(table: Path, structures: Path, columns: H743Columns = H743_COLUMNS) -> list[Run]:
+    """Networks of `ROWS` with known libraries; what does not fit the device was not measured. Raises BadInput."""
+    rows = [
+        row
+        for row in read_rows(table, (columns.network, columns.library, columns.latency))
+        if row[columns.library] in H743_KERNELS and row[columns.latency]
+    ]
+    networks = zoo_networks(structures, (row[columns.network] for row in rows))
     return [
         Run(
-            H743_KERNELS[row["library"]],
-            H743_BOARDS[row["library"]],
-            row["net_id"],
-            ROWS[row["net_id"]][2],
-            features(networks[row["net_id"]]),
-            float(row["latency_ms"]),
-            sram_bytes=int(float(row["sram_kB"]) * KIB),
-            flash_bytes=int(float(row["flash_kB"]) * KIB),
-            network=networks[row["net_id"]],
+            H743_KERNELS[row[columns.library]],
+            H743_BOARDS[row[columns.library]],
+            row[columns.network],
+            ROWS[row[columns.network]][2],
+            features(networks[row[columns.network]]),
+            positive(row, columns.latency, table),
+            sram_bytes=_bytes(row, columns.sram, table),
+            flash_bytes=_bytes(row, columns.flash, table),
+            network=networks[row[columns.network]],
         )
         for row in rows
+        if row[columns.network] in networks
     ]
 
 
-def _read_mlperf(data: Path) -> list[Run]:
-    known = {
-        task: graph_features(read_operators(data / "mlperf_tiny_models" / file)) for task, file in MLPERF_FILES.items()
-    }
+def _bytes(row: Mapping[str, str], column: str, table: Path) -> int | None:
+    return int(positive(row, column, table) * KIB) if row.get(column) else None
+
+
+def read_mlperf(table: Path, models: Path, columns: MlperfColumns = MLPERF_COLUMNS) -> list[Run]:
+    """The closed division on the boards of `MLPERF_BOARDS`; raises BadInput."""
+    known: dict[str, dict[str, float]] = {}
     runs = []
-    with (data / MLPERF_TABLE).open(newline="") as stream:
-        for row in csv.DictReader(stream):
-            key = (row["round"], row["submitter"], row["system"])
-            if key in MLPERF_BOARDS and row["division"] == "closed":
-                kernels, board = MLPERF_BOARDS[key]
-                task, energy = row["task"], row["energy_uJ_per_inf"]
-                joules = float(energy) if energy else None
-                runs.append(Run(kernels, board, task, task, known[task], float(row["latency_ms"]), joules))
+    for row in read_rows(table, (columns.task, *columns.board, columns.latency)):
+        place = MLPERF_BOARDS.get(tuple(row[name] for name in columns.board))
+        if place is None or row.get("division", "closed") != "closed" or not row[columns.latency]:
+            continue
+        kernels, board = place
+        task = row[columns.task]
+        if task not in known:
+            known[task] = _model_features(models, task, table)
+        energy = positive(row, columns.energy, table) if row.get(columns.energy) else None
+        runs.append(Run(kernels, board, task, task, known[task], positive(row, columns.latency, table), energy))
     return runs
+
+
+def _model_features(models: Path, task: str, table: Path) -> dict[str, float]:
+    if task not in MLPERF_FILES:
+        raise BadInput(f"{table}: no task {task!r}; tasks are {', '.join(MLPERF_FILES)}")
+    path = models / MLPERF_FILES[task]
+    try:
+        return graph_features(read_operators(path))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: the model of {task} cannot be used ({error})") from None
 
 
 def boards_of(runs: Sequence[Run]) -> dict[str, list[Run]]:

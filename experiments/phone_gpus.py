@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,26 @@ from typing import Any
 
 import numpy as np
 
+from experiments.measurements import BadInput, positive, read_rows
 from experiments.ncnn_graphs import INPUT_OF, graph_features, read_graph
 from experiments.prices import Price, priced
+from predictors.regression import spearman_rho
 
 TABLE = "ncnn_phone_latency.csv.gz"
 GRAPHS = "ncnn_param"
+VULKAN, FLOATS = "gpu_vulkan", "fp"  # in the table's columns `backend` and `precision`
+
+
+@dataclass(frozen=True, slots=True)
+class PhoneColumns:
+    """The columns of a table of latencies: the network, whose graph is a file of that name, the device, the time."""
+
+    model: str = "model"
+    device: str = "device"
+    latency: str = "min_ms"
+
+
+COLUMNS = PhoneColumns()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,8 @@ GPUS = (
 # where half of its networks vary by more than that between repetitions.
 LOWEST_SPEARMAN = 0.6
 LARGEST_SPREAD = 1.25  # average over minimum
+REPETITIONS = ("avg_ms", "min_ms")  # the columns of both; a table without them does not tell how runs vary
+FEWEST_NETWORKS = 3  # of a GPU, so that one is left to fit with two left out
 # One network only has these operators, so its prices could not be told on a network left out.
 LEFT_OUT = {"vision_transformer": "the only network with attention, layer norms and GELU"}
 
@@ -118,50 +133,72 @@ class PhoneTable:
         return np.array([seven_features(row) for row in self.rows])
 
 
-def read_phone_table(data: Path) -> PhoneTable:
-    """Networks in floats, on the GPUs whose runs are usable.
+def read_phone_table(
+    table: Path, graphs: Path, gpus: Sequence[Gpu] = GPUS, columns: PhoneColumns = COLUMNS
+) -> PhoneTable:
+    """Networks in floats, on those of the GPUs whose runs are usable; raises BadInput.
 
     Quantized networks are left out: ncnn runs them on the CPU (the table has them faster or slower than floats by
     what the CPU, not the GPU, makes of them).
     """
-    table = _read_rows(data)
-    names = tuple(dict.fromkeys(row["model"] for rows in table.values() for row in rows))
-    names = tuple(sorted(set(names) - set(LEFT_OUT)))
-    features = {name: graph_features(read_graph(data / GRAPHS, name), INPUT_OF.get(name)) for name in names}
-    judged = {gpu.name: _judge(table[gpu.name], features) for gpu in GPUS}
-    usable = tuple(gpu for gpu in GPUS if judged[gpu.name]["used"])
-    latency_ms = np.full((len(usable), len(names)), np.nan)
-    for i, gpu in enumerate(usable):
-        for row in table[gpu.name]:
-            if row["model"] in features:
-                j = names.index(row["model"])
-                latency_ms[i, j] = np.fmin(latency_ms[i, j], float(row["min_ms"]))  # one GPU was run twice
-    return PhoneTable(names, tuple(features[name] for name in names), usable, latency_ms, judged)
+    measured = _read_rows(table, gpus, columns)
+    names = {row[columns.model] for rows in measured.values() for row in rows} - set(LEFT_OUT)
+    features = {name: _features(graphs, name) for name in sorted(names)}
+    judged = {}
+    for gpu in gpus:
+        rows = [row for row in measured[gpu.name] if row[columns.model] in features]
+        if (count := len({row[columns.model] for row in rows})) < FEWEST_NETWORKS:
+            raise BadInput(f"{table}: {gpu.name} ran {count} networks; expected at least {FEWEST_NETWORKS}")
+        judged[gpu.name] = _judge(rows, features, columns, table)
+    usable = tuple(gpu for gpu in gpus if judged[gpu.name]["used"])
+    if not usable:
+        raise BadInput(f"{table}: the latencies of {', '.join(judged)} hardly follow the MACs or vary: none is usable")
+    found: dict[tuple[str, str], float] = {}
+    for gpu in usable:
+        for row in measured[gpu.name]:
+            at, latency = (gpu.name, row[columns.model]), positive(row, columns.latency, table)
+            found[at] = min(latency, found.get(at, latency))  # one GPU was run twice
+    ran = tuple(name for name in features if any((gpu.name, name) in found for gpu in usable))
+    latency_ms = np.array([[found.get((gpu.name, name), np.nan) for name in ran] for gpu in usable])
+    return PhoneTable(ran, tuple(features[name] for name in ran), usable, latency_ms, judged)
 
 
-def _read_rows(data: Path) -> dict[str, list[dict[str, str]]]:
-    """The rows of each GPU, of networks in floats."""
-    with gzip.open(data / TABLE, "rt", encoding="utf-8", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["backend"] == "gpu_vulkan" and row["precision"] == "fp"]
-    found = {gpu.name: [row for row in rows if gpu.pattern in row["device"]] for gpu in GPUS}
-    missing = [name for name, own in found.items() if not own]
-    if missing:
-        raise ValueError(f"{data / TABLE}: no rows of {', '.join(missing)}")
+def _read_rows(table: Path, gpus: Sequence[Gpu], columns: PhoneColumns) -> dict[str, list[dict[str, str]]]:
+    """The rows of each GPU, of networks in floats; all rows where the table does not tell backend and precision."""
+    rows = [
+        row
+        for row in read_rows(table, (columns.model, columns.device, columns.latency))
+        if row[columns.latency] and row.get("backend", VULKAN) == VULKAN and row.get("precision", FLOATS) == FLOATS
+    ]
+    found = {gpu.name: [row for row in rows if gpu.pattern in row[columns.device]] for gpu in gpus}
+    if missing := [gpu for gpu in gpus if not found[gpu.name]]:
+        raise BadInput(f"{table}: no rows of {', '.join(f'{gpu.name} ({gpu.pattern!r})' for gpu in missing)}")
     return found
 
 
-def _judge(rows: Sequence[Mapping[str, str]], features: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Whether a GPU's runs are usable, by the rule above, and the figures it goes by."""
-    from scipy.stats import spearmanr
+def _features(graphs: Path, name: str) -> dict[str, float]:
+    try:
+        found = graph_features(read_graph(graphs, name), INPUT_OF.get(name))
+        priced([found], PRICES)  # refuses a family without a price
+    except (OSError, ValueError, LookupError) as error:
+        raise BadInput(f"{graphs}: the graph of {name} cannot be used ({error})") from None
+    return found
 
-    known = [row for row in rows if row["model"] in features]
-    macs = [total_macs(features[row["model"]]) for row in known]
-    spearman = float(spearmanr(macs, [float(row["min_ms"]) for row in known]).statistic)
-    spread = float(np.median([float(row["avg_ms"]) / float(row["min_ms"]) for row in known]))
+
+def _judge(
+    rows: Sequence[Mapping[str, str]], features: Mapping[str, Mapping[str, float]], columns: PhoneColumns, table: Path
+) -> dict[str, Any]:
+    """Whether a GPU's runs are usable, by the rule above, and the figures it goes by."""
+    macs = [total_macs(features[row[columns.model]]) for row in rows]
+    spearman = spearman_rho(np.array(macs), np.array([positive(row, columns.latency, table) for row in rows]))
+    spread = None
+    if all(name in rows[0] for name in REPETITIONS):
+        average, fastest = ([positive(row, name, table) for row in rows] for name in REPETITIONS)
+        spread = float(np.median(np.array(average) / np.array(fastest)))
     return {
-        "device": rows[0]["device"],
-        "rows": len(known),
+        "device": rows[0][columns.device],
+        "rows": len(rows),
         "spearman_of_macs": spearman,
         "median_average_over_minimum": spread,
-        "used": spearman >= LOWEST_SPEARMAN and spread <= LARGEST_SPREAD,
+        "used": (spearman or 0.0) >= LOWEST_SPEARMAN and (spread or 1.0) <= LARGEST_SPREAD,
     }

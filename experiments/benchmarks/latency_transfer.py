@@ -36,7 +36,6 @@ For `macs` and `count` a line through the ten random samples gives latencies; ra
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import re
 import sys
@@ -50,6 +49,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import about
+from tables import BadInput, joined, latency_names, listed, macs_column, matching, read_csv, turned
 
 from hardware_profiles.files import write_json
 from predictors import CodeTables, TransferredPredictor, choose_samples
@@ -59,13 +59,7 @@ FEWEST_QUERIES = 40
 FEW = 20  # measurements of a known device in the pool, with fewer of which all of its own are used
 MOST_OPTIONS = 32  # a numeric column with more distinct values is cut into bins
 BINS = 16
-NOT_DEVICES = re.compile(r"(^|_)(i?dx|index|id|macs|flops|params|std|acc|accuracy|unnamed)(_|$|:)", re.IGNORECASE)
-MACS = re.compile(r"(^|_)(macs|flops)(_|$)", re.IGNORECASE)
 BATCH_SIZE = re.compile(r"_(1|2|4|8|16|32|64|128|256|512|1024)$")
-
-
-class BadInput(ValueError):
-    """A table or an argument that the benchmark cannot work with."""
 
 
 @dataclass(frozen=True)
@@ -366,15 +360,15 @@ def split_of(latency: np.ndarray, samples: int, device: str) -> Split:
 def read_table(asked: argparse.Namespace) -> Table:
     """The table that the arguments describe; raises BadInput."""
     frame = read_csv(asked.table)
-    device_names = latency_names(frame, asked)
+    device_names = latency_names(frame, (asked.on, asked.macs_column))
     if turns(frame, asked):
-        frame, device_names = turned(frame, asked)
+        frame, device_names = turned(frame, key_columns(frame, asked), asked.device_column, asked.latency_column)
     for path in asked.join:
         other = read_csv(path)
         if turns(other, asked):
-            other, more = turned(other, asked)
+            other, more = turned(other, key_columns(other, asked), asked.device_column, asked.latency_column)
             device_names += more
-        frame = joined(frame, other, asked.on, path)
+        frame = joined(frame, other, asked.on, path, ", or --device-column")
     columns = matching(frame, asked.architecture_columns)
     wanted = [*listed(asked.source_devices), *listed(asked.target_devices)]
     candidates = [name for name in device_names if name not in columns]
@@ -403,62 +397,13 @@ def read_table(asked: argparse.Namespace) -> Table:
     )
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except (OSError, ValueError) as error:  # pandas' errors of reading are ValueErrors
-        raise BadInput(f"{path} cannot be read as CSV ({error})") from None
-
-
 def turns(frame: pd.DataFrame, asked: argparse.Namespace) -> bool:
     return asked.device_column is not None and asked.device_column in frame
 
 
-def turned(frame: pd.DataFrame, asked: argparse.Namespace) -> tuple[pd.DataFrame, list[str]]:
-    """One row an architecture, one column a device, of a table with one row a measurement; and those columns."""
-    device, latency = asked.device_column, asked.latency_column
-    key = [asked.on] if asked.on else matching(frame, asked.architecture_columns)
-    missing = [name for name in (latency, *key) if name not in frame]
-    if missing:
-        raise BadInput(f"no column {', '.join(map(repr, missing))}; columns are {', '.join(frame.columns)}")
-    wide = frame.pivot_table(index=key, columns=device, values=latency, aggfunc="median").reset_index()
-    wide.columns.name = None
-    return wide, [name for name in wide.columns if name not in key]
-
-
-def joined(frame: pd.DataFrame, other: pd.DataFrame, on: str | None, path: Path) -> pd.DataFrame:
-    if on is None or on not in frame or on not in other:
-        raise BadInput(f"--join {path} needs --on with a column that both tables have; got {on!r}")
-    if other[on].duplicated().any():
-        raise BadInput(f"{path} has several rows of one {on}; expected one row each, or --device-column")
-    fresh = other[[on, *(name for name in other.columns if name not in frame)]]
-    return frame.merge(fresh, on=on, how="left")
-
-
-def latency_names(frame: pd.DataFrame, asked: argparse.Namespace) -> list[str]:
-    """Numeric columns that can be latencies: no index, MACs, parameters, accuracy or deviation."""
-    numeric = [str(name) for name in frame.select_dtypes("number").columns]
-    return [name for name in numeric if name not in (asked.on, asked.macs_column) and not NOT_DEVICES.search(name)]
-
-
-def matching(frame: pd.DataFrame, patterns: str) -> list[str]:
-    names: list[str] = []
-    for pattern in listed(patterns):
-        found = [str(name) for name in frame.columns if fnmatch.fnmatchcase(str(name), pattern)]
-        if not found:
-            raise BadInput(
-                f"no architecture column matches {pattern!r}; columns are {', '.join(map(str, frame.columns))}"
-            )
-        names += [name for name in found if name not in names]
-    return names
-
-
-def macs_column(frame: pd.DataFrame, asked: str | None) -> str | None:
-    if asked is None:
-        return next((str(name) for name in frame.select_dtypes("number").columns if MACS.search(str(name))), None)
-    if asked not in frame:
-        raise BadInput(f"no column {asked!r} of MACs; columns are {', '.join(map(str, frame.columns))}")
-    return asked
+def key_columns(frame: pd.DataFrame, asked: argparse.Namespace) -> list[str]:
+    """What tells the architecture in a table with one row a measurement."""
+    return [asked.on] if asked.on else matching(frame, asked.architecture_columns)
 
 
 def coded_column(column: pd.Series) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -467,10 +412,6 @@ def coded_column(column: pd.Series) -> tuple[np.ndarray, tuple[str, ...]]:
         column = pd.qcut(column, BINS, duplicates="drop").astype(str)
     codes, labels = pd.factorize(column, sort=True)
     return codes.astype(np.int64), tuple(map(str, labels))
-
-
-def listed(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 # the command ---------------------------------------------------------------------------------------------

@@ -1,20 +1,27 @@
 """Memory of networks on microcontrollers: what is computed beside what runtimes report and what was published.
 
-    python experiments/benchmarks/mcu_memory.py DATA_DIR [--out FILE.json]
+    python experiments/benchmarks/mcu_memory.py --h743 H.csv --structures FOLDER --models FOLDER \\
+        [--architecture-columns net_id] [--device-column library] [--memory-columns sram_kB,flash_kB] \\
+        [--devices NAME,...]
+    python experiments/benchmarks/mcu_memory.py --data DIR
 
-DATA_DIR holds mcu_stm32h743.csv and mcunet/*.json (TinyEngine and MCUNet, MIT) and mlperf_tiny_models/*.tflite
-(MLPerf Tiny, Apache-2.0). Where the package tflite-micro is installed, the arenas of eight networks are asked of it;
-else they stand beside what it said before. Prints JSON and writes it.
+The second is the first with mcu_stm32h743.csv and mcunet/*.json (TinyEngine and MCUNet, MIT) and
+mlperf_tiny_models/*.tflite (MLPerf Tiny, Apache-2.0) of that folder. --devices are libraries of the table's device
+column: tflite_micro, cmsis_nn, tinyengine; all of them by default. A kB of the table is 1024 bytes. Where the package
+tflite-micro is installed, the arenas of eight networks are asked of it; else they stand beside what it said before.
+
+`macs_only_left_out_mape` is the error of the baseline, a line through the MACs, with the same networks left out as in
+`left_out_mape`. TinyEngine's profile was fitted to the networks that it is judged on; `macs_only_mape` is a line that
+was fitted to them, too. Prints JSON and writes it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -22,9 +29,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from common import about, finish, out_option
+from common import about, out_option
+from tables import BadInput, as_many, chosen, command, file_options, files_of, listed
 from tflite_arena import arena_head_bytes, has_tflite_micro
 
+sys.path.append(str(Path(__file__).parents[1]))  # the modules of the fitting scripts, which are in no package
+
+from mcu_data import H743_COLUMNS, H743_TABLE, MODELS, ROWS, STRUCTURES, H743Columns, zoo_networks
+
+from experiments.measurements import positive, read_rows
 from hardware_profiles import load_device
 from hardware_profiles.memory import (
     ALWAYS,
@@ -42,10 +55,19 @@ from hardware_profiles.memory import (
 )
 from hardware_profiles.patches import executed_macs, patch_sides, stage_macs
 from hardware_profiles.tflite_writer import write_tflite
+from predictors.regression import fit_coefficients, predict_left_out, with_constant
 from search_spaces import INPUT, INT8, Architecture, Layer, MobileNet, Network
 from search_spaces import layers as L
 from search_spaces.layers import Port, assemble, port
 
+NAME = Path(__file__).stem
+INPUTS = {
+    "h743": (H743_TABLE, "TinyEngine's table"),
+    "structures": (STRUCTURES, "the folder of its networks"),
+    "models": (MODELS, "the folder of MLPerf Tiny's networks"),
+}
+LIBRARIES = ("tflite_micro", "cmsis_nn", "tinyengine")
+FEWEST = 2  # architectures of a library: one is left out
 KIB = 1024
 ASKED = "tflite-micro 0.dev20261023182759"  # of which the arenas below were asked
 ARENA_BYTES: Mapping[str, int] = {
@@ -174,14 +196,14 @@ NETWORKS: Mapping[str, Callable[[], Network]] = {
 }
 
 
-def arenas(data: Path) -> list[dict[str, Any]]:
+def arenas(models: Path) -> list[dict[str, Any]]:
     """Bytes of activations in TensorFlow Lite Micro's arena: computed, and said by tflite-micro."""
     rows = []
     with TemporaryDirectory() as folder:
         for name, build in NETWORKS.items():
             network, said = build(), ARENA_BYTES[name]
             if has_tflite_micro():
-                path = data / "mlperf_tiny_models" / FILES[name] if name in FILES else Path(folder) / f"{name}.tflite"
+                path = models / FILES[name] if name in FILES else Path(folder) / f"{name}.tflite"
                 if name not in FILES:
                     path.write_bytes(write_tflite(network, np.random.default_rng(0)))
                 said = arena_head_bytes(path)
@@ -195,7 +217,7 @@ def arenas(data: Path) -> list[dict[str, Any]]:
 # files and boards -------------------------------------------------------------------------------------------
 
 
-def file_sizes(data: Path) -> list[dict[str, Any]]:
+def file_sizes(models: Path) -> list[dict[str, Any]]:
     """The four .tflite files beside what is computed for their networks.
 
     Those with convolutions come from a converter that also kept the observed range of each weight channel (8 bytes),
@@ -203,57 +225,80 @@ def file_sizes(data: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for name, file in FILES.items():
-        stored, found = (
-            flash_bytes(NETWORKS[name](), storage="tflite"),
-            (data / "mlperf_tiny_models" / file).stat().st_size,
-        )
+        stored, found = flash_bytes(NETWORKS[name](), storage="tflite"), (models / file).stat().st_size
         rows.append({"name": name, "file_bytes": found, "computed_bytes": stored, "error": _share(stored / found - 1)})
     return rows
 
 
-def boards(data: Path) -> dict[str, Any]:
-    """SRAM and flash of the networks measured on an STM32H743 whose structures are published, by runtime."""
-    sys.path.append(str(Path(__file__).parents[1]))
-    from mcu_data import ROWS, zoo_network
+@dataclass(frozen=True)
+class Measured:
+    """Networks of one library, what they are left out by (n,), and their bytes (n,) of SRAM and flash."""
 
-    with (data / "mcu_stm32h743.csv").open(newline="") as stream:
-        table = {(row["net_id"], row["library"]): row for row in csv.DictReader(stream)}
-    networks = {
-        name: zoo_network(json.loads((data / "mcunet" / f"{file}.json").read_text()), resolution)
-        for name, (file, resolution, _) in ROWS.items()
-    }
+    networks: Mapping[str, Network]
+    fold: np.ndarray
+    sram: np.ndarray
+    flash: np.ndarray
+
+    @property
+    def macs_line(self) -> np.ndarray:
+        """(n, 2) the MACs and a constant: what the baseline is fitted on."""
+        return with_constant(np.array([[float(network.macs)] for network in self.networks.values()]))
+
+    def macs_left_out_mape(self, measured: np.ndarray) -> float:
+        return _mape(predict_left_out(self.macs_line, measured, self.fold, ridge=0.0), measured)
+
+    def macs_mape(self, measured: np.ndarray) -> float:
+        return _mape(self.macs_line @ fit_coefficients(self.macs_line, measured, ridge=0.0), measured)
+
+
+def boards(
+    table: Path, structures: Path, columns: H743Columns = H743_COLUMNS, libraries: Sequence[str] = ()
+) -> dict[str, Any]:
+    """SRAM and flash of the networks measured on an STM32H743 whose structures are published, by runtime."""
+    rows = read_rows(table, (columns.network, columns.library, columns.sram, columns.flash))
+    networks = zoo_networks(structures, (row[columns.network] for row in rows))
+    there = {row[columns.library] for row in rows}
     found = {}
-    for library in ("tflite_micro", "cmsis_nn"):
-        measured = [name for name in networks if table[name, library]["sram_kB"]]
+    for library in chosen(libraries, [name for name in LIBRARIES if name in there], table):
+        own = {row[columns.network]: row for row in rows if row[columns.library] == library and row[columns.sram]}
+        names = [name for name in networks if name in own]
+        architectures = [ROWS[name][2] for name in names]
+        if len(set(architectures)) < FEWEST:
+            raise BadInput(
+                f"{table}: {library} has {len(set(architectures))} architectures; expected at least {FEWEST}"
+            )
         sram, flash = (
-            np.array([float(table[name, library][column]) * KIB for name in measured])
-            for column in ("sram_kB", "flash_kB")
+            np.array([positive(own[name], column, table) * KIB for name in names])
+            for column in (columns.sram, columns.flash)
         )
-        fold = np.unique([ROWS[name][2] for name in measured], return_inverse=True)[1]  # by architecture
-        found[library] = _interpreted([networks[name] for name in measured], fold, sram, flash)
-    found["tinyengine"] = _generated(networks, {name: table[name, "tinyengine"] for name in networks})
+        fold = np.unique(architectures, return_inverse=True)[1]
+        judge = _generated if library == "tinyengine" else _interpreted
+        found[library] = judge(Measured({name: networks[name] for name in names}, fold, sram, flash))
     return found
 
 
-def _interpreted(networks: Sequence[Network], fold: np.ndarray, sram: np.ndarray, flash: np.ndarray) -> dict[str, Any]:
+def _interpreted(measured: Measured) -> dict[str, Any]:
     """A .tflite file in an interpreter: what is measured beyond the planned arena, and beyond the parameters.
 
     Both are lines through the channels and the layers. `free` lets all three coefficients vary; the others keep the
     bytes of a channel that the format says; `left_out` are the errors of networks left out of the fit.
     """
-    kept = STORAGES["tflite"]
+    kept, networks, fold = STORAGES["tflite"], list(measured.networks.values()), measured.fold
     channels = np.array([quantized_channels(network, kept.per_channel) for network in networks], dtype=float)
     layers = np.array([len(network.layers) for network in networks], dtype=float)
     planned = [np.array([_arena(n, padding) for n in networks], dtype=float) for padding in (ALWAYS, NEVER)]
     scales = [SCALE_BYTES * quantized_channels(network, ("conv2d", "linear")) for network in networks]
     parameters = np.array([network.model_bytes for network in networks], dtype=float) - scales
-    padded, unpadded = (_line(sram, arena, kept.sram_channel_bytes, channels, layers, fold) for arena in planned)
+    padded, unpadded = (
+        _line(measured.sram, arena, kept.sram_channel_bytes, channels, layers, fold) for arena in planned
+    )
+    flash = _line(measured.flash, parameters, kept.flash_channel_bytes, channels, layers, fold)
     return {
         "networks": len(networks),
         "architectures": len(set(fold.tolist())),
-        "sram": padded,
+        "sram": padded | {"macs_only_left_out_mape": measured.macs_left_out_mape(measured.sram)},
         "sram_if_kernels_padded": unpadded,
-        "flash": _line(flash, parameters, kept.flash_channel_bytes, channels, layers, fold),
+        "flash": flash | {"macs_only_left_out_mape": measured.macs_left_out_mape(measured.flash)},
     }
 
 
@@ -290,22 +335,28 @@ def _line(
     }
 
 
-def _generated(networks: Mapping[str, Network], rows: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+def _generated(measured: Measured) -> dict[str, Any]:
     """TinyEngine: the shipped profile, which was fitted to these very networks (experiments/fit_mcu.py)."""
     device = load_device("stm32h743")
-    listed = [
+    rows = [
         {
             "name": name,
-            "sram_bytes": int(float(rows[name]["sram_kB"]) * KIB),
+            "sram_bytes": int(sram),
             "sram_planned": peak_sram_bytes(network, INPLACE_DEPTHWISE),
-            "sram_error": _share(device.sram_bytes(network) / (float(rows[name]["sram_kB"]) * KIB) - 1),
-            "flash_bytes": int(float(rows[name]["flash_kB"]) * KIB),
-            "flash_error": _share(device.flash_bytes(network) / (float(rows[name]["flash_kB"]) * KIB) - 1),
+            "sram_error": _share(device.sram_bytes(network) / sram - 1),
+            "flash_bytes": int(flash),
+            "flash_error": _share(device.flash_bytes(network) / flash - 1),
         }
-        for name, network in networks.items()
+        for (name, network), sram, flash in zip(
+            measured.networks.items(), measured.sram.tolist(), measured.flash.tolist(), strict=True
+        )
     ]
-    errors = {figure: np.mean([abs(row[f"{figure}_error"]) for row in listed]) for figure in ("sram", "flash")}
-    return {"networks": listed, **{f"{figure}_mape": _share(error) for figure, error in errors.items()}}
+    found: dict[str, Any] = {"networks": rows}
+    for figure, values in (("sram", measured.sram), ("flash", measured.flash)):
+        found[f"{figure}_mape"] = _share(np.mean([abs(row[f"{figure}_error"]) for row in rows]))
+        found[f"{figure}_macs_only_mape"] = measured.macs_mape(values)
+        found[f"{figure}_macs_only_left_out_mape"] = measured.macs_left_out_mape(values)
+    return found
 
 
 def _mape(predicted: np.ndarray, measured: np.ndarray) -> float:
@@ -391,31 +442,53 @@ def _median_seconds(network: Network, planner: str) -> float:
     return median(times)
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder with the measurements")
-    out_option(parser, "mcu_memory")
-    options = parser.parse_args(arguments)
-    if not (options.data / "mcu_stm32h743.csv").is_file():
-        print(
-            f"{options.data}: expected a folder with mcu_stm32h743.csv, mcunet/ and mlperf_tiny_models/",
-            file=sys.stderr,
-        )
-        return 2
-    found = arenas(options.data)
-    result = {
+def benchmark(asked: argparse.Namespace) -> dict[str, Any]:
+    files = files_of(asked, INPUTS)
+    table, structures, models = (files[name] for name in INPUTS)
+    if table is None or structures is None or models is None:
+        raise BadInput("expected all of --h743, --structures and --models")
+    if lacking := [name for name in FILES.values() if not (models / name).is_file()]:
+        raise BadInput(f"{models}: no file {lacking[0]}")
+    on_boards = boards(table, structures, columns_of(asked), listed(asked.devices))
+    found = arenas(models)
+    return {
         **about(),
         "arena_asked_of": f"tflite-micro {version('tflite-micro')}" if has_tflite_micro() else f"{ASKED}, earlier",
         "arenas_equal": f"{sum(row['equal'] for row in found)} of {len(found)}",
         "arenas": found,
-        "tflite_files": file_sizes(options.data),
-        "stm32h743": boards(options.data),
+        "tflite_files": file_sizes(models),
+        "stm32h743": on_boards,
         "mobilenet_v2_224_int8": patched(),
         "planning_ms": seconds_of_planning(),
     }
-    finish(result, options.out)
-    return 0
+
+
+def columns_of(asked: argparse.Namespace) -> H743Columns:
+    network = as_many("--architecture-columns", asked.architecture_columns, [H743_COLUMNS.network])[0]
+    sram, flash = as_many("--memory-columns", asked.memory_columns, [H743_COLUMNS.sram, H743_COLUMNS.flash])
+    return H743Columns(network, asked.device_column, sram=sram, flash=flash)
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    file_options(parser, INPUTS)
+    parser.add_argument("--architecture-columns", default=H743_COLUMNS.network, help="the column of the network")
+    parser.add_argument("--device-column", default=H743_COLUMNS.library, help="the column of the library")
+    parser.add_argument(
+        "--memory-columns",
+        default=f"{H743_COLUMNS.sram},{H743_COLUMNS.flash}",
+        help="the columns of SRAM and flash, in kB",
+    )
+    parser.add_argument("--devices", help=f"libraries, separated by commas; all by default: {', '.join(LIBRARIES)}")
+    out_option(parser, NAME)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return command(NAME, benchmark, parsed(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

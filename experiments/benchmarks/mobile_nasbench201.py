@@ -1,29 +1,65 @@
-"""How many NAS-Bench-201 networks a latency model needs to see: an Adreno 640 GPU and a Cortex-A76 CPU (nn-Meter).
+"""How many NAS-Bench-201 networks a latency model needs to see, on any devices that ran some.
 
-    python experiments/benchmarks/mobile_nasbench201.py --data DATA_DIR
+    python experiments/benchmarks/mobile_nasbench201.py --table T.csv[.gz] --cells C.csv[.gz] --on arch_idx \\
+        --architecture-columns 'op_*' --device-column device --latency-column latency_ms [--devices a,b] \\
+        [--macs-column macs_cifar10] --samples 100 --draws 20 --seed 0
+    python experiments/benchmarks/mobile_nasbench201.py --data DIR
 
-DATA_DIR holds mobile_nasbench201_latency.csv.gz and nasbench201_cifar10.csv.gz. In each of several draws a model is
-fitted on some networks and judged on all others of its device. Methods:
+The second is the first with mobile_nasbench201_latency.csv.gz (an Adreno 640 GPU and a Cortex-A76 CPU, of nn-Meter) and
+nasbench201_cifar10.csv.gz of that folder. --table has one row a measurement, or one row a cell and one column a
+device: then --devices are columns, by default all that can be latencies. --cells tells the six operations of a cell,
+by names or codes, in the order of the edges 0to1, 0to2, 1to2, 0to3, 1to3, 2to3, and its MACs; without it --table does.
+A device of a shipped profile is called by the name of the profile. Cells whose output does not see their input are
+left out and counted (`without_path`).
+
+In each of several draws a model is fitted on some networks and judged on all others of its device. Methods:
 
     macs_only         a line through the MACs that NAS-Bench-201 counts
     live_macs_only    a line through the MACs of the operations that the output sees
     ours              the four prices of the shipped profiles
 
 `unseen` judges the networks whose amounts of all priced quantities are those of no network of the draw, since many
-cells have the same operations in another order. Intervals are of 90 %, from cross-validation within the draw.
+cells have the same operations in another order. Intervals are of 90 %, from cross-validation within the draw. Prints
+JSON and writes it.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import about, finish, out_option
+import pandas as pd
+from common import about, out_option
+from tables import (
+    BadInput,
+    chosen,
+    command,
+    file_options,
+    files_of,
+    latency_names,
+    listed,
+    macs_column,
+    matching,
+    present,
+    read_csv,
+)
 
-from experiments.nasbench201_table import DEVICES, PRICES, CellTable, read_cell_table
+from experiments.nasbench201_table import (
+    CELLS,
+    COLUMNS,
+    DEVICES,
+    EDGE_COLUMNS,
+    PRICES,
+    TABLE,
+    CellColumns,
+    CellTable,
+    read_cell_tables,
+)
 from experiments.prices import priced
 from predictors.regression import (
     fit_coefficients,
@@ -34,6 +70,11 @@ from predictors.regression import (
     with_constant,
 )
 
+NAME = Path(__file__).stem
+FILES = {"table": (TABLE, "latencies"), "cells": (CELLS, "operations and MACs")}
+PROFILES = {device: profile for profile, device in DEVICES.items()}
+EDGES = [name.removeprefix("op_") for name in EDGE_COLUMNS]
+EDGE = re.compile(r"\dto\d$")
 FOLDS = 10
 
 
@@ -89,29 +130,101 @@ def device_report(table: CellTable, samples: int, draws: int, seed: int) -> dict
             results[name].append(draw_scores(matrix, table.latency_ms, sample, twin, rng))
     return {
         "networks": len(amounts),
+        **({"without_path": table.without_path} if table.without_path else {}),
         "judged": len(amounts) - samples,
         "distinct_amounts": int(twin.max()) + 1,
         "methods": {name: summary(found) for name, found in results.items()},
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("FITNEST_DATA"), help="default: $FITNEST_DATA")
+# reading -------------------------------------------------------------------------------------------------
+
+
+def read_tables(asked: argparse.Namespace) -> dict[str, CellTable]:
+    """The networks of each device that the arguments ask for; raises BadInput."""
+    files = files_of(asked, FILES)
+    table = files["table"]
+    if table is None:
+        raise BadInput("expected --table")
+    cells = files["cells"] or table
+    frame = read_csv(table)
+    columns = columns_of(asked, frame, read_csv(cells))
+    others = (columns.on, columns.macs, *columns.operations)
+    known = latency_names(frame, others) if columns.device is None else frame[columns.device].dropna().unique()
+    names = [DEVICES.get(name, name) for name in listed(asked.devices)]
+    devices = chosen(names, list(map(str, known)), table)
+    if not devices:
+        raise BadInput(f"{table}: no column can be a latency")
+    tables = read_cell_tables(table, cells, devices, columns)
+    for device, found in tables.items():
+        if len(found.latency_ms) <= asked.samples:
+            raise BadInput(f"{device} ran {len(found.latency_ms)} networks; expected more than {asked.samples} samples")
+    return {PROFILES.get(device, device): found for device, found in tables.items()}
+
+
+def columns_of(asked: argparse.Namespace, frame: pd.DataFrame, cells: pd.DataFrame) -> CellColumns:
+    """The columns of a table of latencies and of one of cells that the arguments name."""
+    device = asked.device_column or (COLUMNS.device if COLUMNS.device in frame else None)
+    present(frame, [asked.on, *([device, asked.latency_column] if device else [])], "--table")
+    present(cells, [asked.on], "--cells")
+    macs = macs_column(cells, asked.macs_column)
+    if macs is None:
+        raise BadInput("no column of MACs, which the baseline needs; name it with --macs-column")
+    operations = matching(cells, asked.architecture_columns)
+    if not in_order(operations):
+        raise BadInput(
+            f"expected six architecture columns, the operations of the edges {', '.join(EDGES)} in this order, "
+            f"got {', '.join(operations)}"
+        )
+    return CellColumns(asked.on, device, asked.latency_column, tuple(operations), macs)
+
+
+def in_order(operations: Sequence[str]) -> bool:
+    """Whether there is a column for each edge, and none whose name ends with another edge."""
+    named = [EDGE.search(name) for name in operations]
+    return len(operations) == len(EDGES) and all(
+        found is None or found.group() == edge for found, edge in zip(named, EDGES, strict=True)
+    )
+
+
+# the command ---------------------------------------------------------------------------------------------
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    file_options(parser, FILES)
+    parser.add_argument("--on", default=COLUMNS.on, help="the column that names a cell in both files")
+    parser.add_argument("--architecture-columns", default="op_*", help="names or patterns, separated by commas")
+    parser.add_argument("--macs-column", help="by default the first column with macs or flops in its name")
+    parser.add_argument(
+        "--device-column",
+        help=f"of a table with one row a measurement: the device's name; by default {COLUMNS.device} if it is there",
+    )
+    parser.add_argument(
+        "--latency-column", default=COLUMNS.latency, help="of a table with one row a measurement: the latency"
+    )
+    parser.add_argument("--devices", help="names or columns, separated by commas; all by default")
     parser.add_argument("--samples", type=int, default=100, help="networks fitted a draw")
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    out_option(parser, "mobile_nasbench201")
-    options = parser.parse_args()
-    if options.data is None:
-        parser.error("name the folder of the measurements: --data DATA_DIR, or the environment variable FITNEST_DATA")
+    out_option(parser, NAME)
+    return parser.parse_args(arguments)
+
+
+def benchmark(asked: argparse.Namespace) -> dict[str, Any]:
+    if asked.samples < 2 * FOLDS or asked.draws < 1:
+        raise BadInput(f"expected at least {2 * FOLDS} samples and 1 draw, got {asked.samples} and {asked.draws}")
     devices = {
-        name: device_report(read_cell_table(options.data, name), options.samples, options.draws, options.seed)
-        for name in DEVICES
+        name: device_report(table, asked.samples, asked.draws, asked.seed) for name, table in read_tables(asked).items()
     }
-    result = {**about([options.seed]), "samples": options.samples, "draws": options.draws, "devices": devices}
-    finish(result, options.out)
+    return {**about([asked.seed]), "samples": asked.samples, "draws": asked.draws, "devices": devices}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return command(NAME, benchmark, parsed(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,16 @@
 """How well the latency of a network that was never run is predicted on phone and board GPUs (ncnn's benchmark).
 
-    python experiments/benchmarks/phone_networks.py --data DATA_DIR
+    python experiments/benchmarks/phone_networks.py --table T.csv[.gz] --graphs FOLDER [--architecture-columns model] \\
+        [--device-column device] [--latency-column min_ms] [--devices NAME,NAME=PATTERN,...]
+    python experiments/benchmarks/phone_networks.py --data DIR
 
-DATA_DIR holds ncnn_phone_latency.csv.gz and ncnn_param/*.param. Each network is left out in turn, on all GPUs at once,
-so that nothing of it is known anywhere. Methods:
+The second is the first with ncnn_phone_latency.csv.gz and ncnn_param/*.param of that folder. --table has one row a
+measurement; the graph of its network is a file of that name in --graphs, as ncnn writes them. Where the table has the
+columns backend and precision, the rows of Vulkan and floats are taken. --devices are by default the GPUs of
+experiments/phone_gpus.py; a NAME is one of them, and NAME=PATTERN is a device whose rows' device contains PATTERN. A
+device whose latencies hardly follow the MACs or vary between repetitions is not judged (`gpus_of_the_table` says why).
+
+Each network is left out in turn, on all GPUs at once, so that nothing of it is known anywhere. Methods:
 
     macs_only         a line through the MACs, each GPU alone
     seven_features    constant, operators, MACs dense, 1x1 and depthwise, bytes of activations and weights, each alone
@@ -13,23 +20,27 @@ so that nothing of it is known anywhere. Methods:
 
 Features and penalties were chosen on these networks, so `pooled` is somewhat optimistic; `penalties` shows how little
 the penalty matters. Intervals are of 90 %: that of a network is made of the residuals of the others, each predicted
-without itself and without the network.
+without itself and without the network. Prints JSON and writes it.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import about, finish, out_option
+from common import about, out_option
+from tables import BadInput, as_many, command, file_options, files_of, listed
 
-from experiments.phone_gpus import PhoneTable, read_phone_table
+from experiments.phone_gpus import COLUMNS, GPUS, GRAPHS, TABLE, Gpu, PhoneColumns, PhoneTable, read_phone_table
 from predictors.pooled import PENALTY, predict_networks_left_out
 from predictors.regression import RIDGE, predict_left_out, relative_interval, scores, with_constant
 
+NAME = Path(__file__).stem
+FILES = {"table": (TABLE, "latencies"), "graphs": (GRAPHS, "the folder of the networks' graphs")}
 PENALTIES = (0.0003, 0.001, PENALTY, 0.01, 0.03)
 RELATIVES = (  # networks of one backbone, or two sizes or generations of one design
     ("efficientnet_b0", "efficientnetv2_b0"),
@@ -90,8 +101,7 @@ def judged(table: PhoneTable, predicted: np.ndarray) -> dict[str, Any]:
     }
 
 
-def benchmark(data: Path) -> dict[str, Any]:
-    table = read_phone_table(data)
+def benchmark(table: PhoneTable) -> dict[str, Any]:
     alone = np.arange(len(table.names))
     pooled = predict_networks_left_out(table.priced, table.latency_ms, alone)
     families = predict_networks_left_out(table.priced, table.latency_ms, families_of(table.names))
@@ -117,15 +127,51 @@ def benchmark(data: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("FITNEST_DATA"), help="default: $FITNEST_DATA")
-    out_option(parser, "phone_networks")
-    options = parser.parse_args()
-    if options.data is None:
-        parser.error("name the folder of the measurements: --data DATA_DIR, or the environment variable FITNEST_DATA")
-    finish(benchmark(options.data), options.out)
+def read_table(asked: argparse.Namespace) -> PhoneTable:
+    """The networks and GPUs that the arguments ask for; raises BadInput."""
+    files = files_of(asked, FILES)
+    table, graphs = files["table"], files["graphs"]
+    if table is None or graphs is None:
+        raise BadInput("expected both --table and --graphs")
+    model = as_many("--architecture-columns", asked.architecture_columns, [COLUMNS.model])[0]
+    columns = PhoneColumns(model, asked.device_column, asked.latency_column)
+    found = read_phone_table(table, graphs, gpus_of(asked.devices), columns)
+    for gpu, measured in zip(found.gpus, found.latency_ms, strict=True):
+        if len(set(families_of(found.names)[~np.isnan(measured)].tolist())) < 2:
+            raise BadInput(f"all networks that {gpu.name} ran are relatives; expected at least two designs")
+    return found
+
+
+def gpus_of(devices: str | None) -> tuple[Gpu, ...]:
+    """GPUs by name, and devices as NAME=PATTERN; all known GPUs by default."""
+    known = {gpu.name: gpu for gpu in GPUS}
+    found: dict[str, Gpu] = {}
+    for text in listed(devices):
+        name, _, pattern = text.partition("=")
+        if not pattern and name not in known:
+            raise BadInput(f"no device {text!r}; expected NAME=PATTERN or one of {', '.join(known)}")
+        if name in found:
+            raise BadInput(f"--devices has {name!r} twice")
+        found[name] = Gpu(name, name, pattern) if pattern else known[name]
+    return tuple(found.values()) or GPUS
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    file_options(parser, FILES)
+    parser.add_argument("--architecture-columns", default=COLUMNS.model, help="the column of the networks' names")
+    parser.add_argument("--device-column", default=COLUMNS.device)
+    parser.add_argument("--latency-column", default=COLUMNS.latency, help="milliseconds; the least of a network counts")
+    parser.add_argument("--devices", help="NAME or NAME=PATTERN, separated by commas; all known GPUs by default")
+    out_option(parser, NAME)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return command(NAME, lambda asked: benchmark(read_table(asked)), parsed(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,12 +27,10 @@ Each finished search is a line beside the result, and is not done again.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import hashlib
 import json
 import sys
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -46,6 +44,7 @@ import pandas as pd
 from common import RESULTS, about
 from linas import linas
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from tables import BadInput, joined, matching, read_csv
 
 from hardware_profiles.files import write_json
 from nas.front import hypervolume
@@ -55,10 +54,6 @@ from predictors.proposals import non_dominated
 KEPT = 0.99  # of the architectures are at least as good as the default reference
 MOST_CATEGORIES = 12  # a column of more distinct numbers is an integer parameter
 STEP = 2  # evaluations between two points of a curve
-
-
-class BadInput(ValueError):
-    """A table or an argument that the benchmark cannot work with."""
 
 
 @dataclass(frozen=True)
@@ -329,31 +324,6 @@ def read_table(asked: argparse.Namespace) -> tuple[Table, dict[str, Any]]:
 
 def told(column: Column) -> str:
     return f"{column.name}:{'max' if column.sign < 0 else 'min'}, reference {column.reference:.6g}"
-
-
-def read_csv(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except (OSError, ValueError, EOFError, zlib.error) as error:  # pandas' errors of reading are ValueErrors
-        raise BadInput(f"{path} cannot be read as CSV ({error})") from None
-
-
-def joined(frame: pd.DataFrame, other: pd.DataFrame, on: str | None, path: Path) -> pd.DataFrame:
-    if on is None or on not in frame or on not in other:
-        raise BadInput(f"--join {path} needs --on with a column that both tables have; got {on!r}")
-    if other[on].duplicated().any():
-        raise BadInput(f"{path} has several rows of one {on}; expected one row each")
-    return frame.merge(other[[on, *(name for name in other.columns if name not in frame)]], on=on, how="left")
-
-
-def matching(frame: pd.DataFrame, patterns: str) -> list[str]:
-    names: dict[str, None] = {}
-    for pattern in filter(None, map(str.strip, patterns.split(","))):
-        found = [str(name) for name in frame.columns if fnmatch.fnmatchcase(str(name), pattern)]
-        if not found:
-            raise BadInput(f"no architecture column matches {pattern!r}; columns are {', '.join(frame.columns)}")
-        names |= dict.fromkeys(found)
-    return list(names)
 
 
 def named(text: str, frame: pd.DataFrame) -> tuple[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.nasbench201_table import CellTable
-from experiments.phone_gpus import GPUS, PhoneTable, read_phone_table
+from experiments.phone_gpus import GPUS, GRAPHS, TABLE, PhoneTable, read_phone_table
 
 Load = Callable[[str], ModuleType]
 
@@ -89,7 +89,7 @@ def test_a_report_has_the_baseline_and_spread_over_draws(load_benchmark: Load, r
 
 def test_on_the_table_pooling_beats_seven_features_and_macs(load_benchmark: Load, data_folder: Path) -> None:
     script = load_benchmark("phone_networks")
-    table = read_phone_table(data_folder)
+    table = read_phone_table(data_folder / TABLE, data_folder / GRAPHS)
     macs = script.judged(table, script.each_alone(table, np.column_stack([table.macs, np.ones(len(table.macs))]), 0.0))
     seven = script.judged(table, script.each_alone(table, table.seven, 0.0))
     pooled = script.predict_networks_left_out(table.priced, table.latency_ms, np.arange(len(table.names)))

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from scipy.stats import rankdata
 
-from experiments.phone_gpus import GPUS, PRICES, PhoneTable, read_phone_table, seven_features
+from experiments.phone_gpus import GPUS, GRAPHS, PRICES, TABLE, PhoneTable, read_phone_table, seven_features
 from hardware_profiles import load_device
 from hardware_profiles.device import SHIPPED
 from search_spaces import MobileNet
@@ -28,7 +28,7 @@ def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def table(data_folder: Path) -> PhoneTable:
-    return read_phone_table(data_folder)
+    return read_phone_table(data_folder / TABLE, data_folder / GRAPHS)
 
 
 @pytest.fixture(scope="module")

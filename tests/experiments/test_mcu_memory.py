@@ -79,7 +79,7 @@ def test_arenas_of_random_networks_are_those_of_tflite_micro(
 
 
 def test_files_hold_what_is_computed_for_them(script: ModuleType, data_folder: Path) -> None:
-    errors = {row["name"]: row["error"] for row in script.file_sizes(data_folder)}
+    errors = {row["name"]: row["error"] for row in script.file_sizes(data_folder / "mlperf_tiny_models")}
     assert abs(errors["AD"]) < 0.01 and abs(errors["IC"]) < 0.01
     # these two also keep a range, of eight bytes, for each channel, and names of 156 bytes a tensor
     for name in ("KWS", "VWW"):
@@ -91,7 +91,7 @@ def test_files_hold_what_is_computed_for_them(script: ModuleType, data_folder: P
 def test_boards_of_the_interpreter_are_met_and_the_shipped_numbers_are_the_fit(
     script: ModuleType, data_folder: Path
 ) -> None:
-    found = script.boards(data_folder)["tflite_micro"]
+    found = script.boards(data_folder / "mcu_stm32h743.csv", data_folder / "mcunet")["tflite_micro"]
     kept = STORAGES["tflite"]
     assert found["sram"]["left_out_max_error"] < 0.005 and found["flash"]["left_out_max_error"] < 0.002
     assert found["sram_if_kernels_padded"]["left_out_max_error"] > 0.1
@@ -119,9 +119,10 @@ def test_the_benchmark_writes_what_it_prints(
     script: ModuleType, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "result.json"
-    assert script.main([str(data_folder), "--out", str(out)]) == 0
+    assert script.main(["--data", str(data_folder), "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result == json.loads(capsys.readouterr().out)
     assert result["arenas_equal"] == "8 of 8"
     assert result["planning_ms"]["blocks"] == 20
-    assert script.main([str(tmp_path), "--out", str(out)]) == 2
+    assert script.main(["--data", str(tmp_path), "--out", str(tmp_path / "none.json")]) == 2
+    assert not (tmp_path / "none.json").exists()
