@@ -49,7 +49,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import about
-from tables import BadInput, joined, latency_names, listed, macs_column, matching, read_csv, turned
+from csv_tables import BadInput, joined, latency_names, listed, macs_column, matching, read_csv, turned
 
 from hardware_profiles.files import write_json
 from predictors import CodeTables, TransferredPredictor, choose_samples

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from common import about, out_option
-from tables import BadInput, as_many, chosen, command, file_options, files_of, listed
+from csv_tables import BadInput, as_many, chosen, command, file_options, files_of, listed
 from tflite_arena import arena_head_bytes, has_tflite_micro
 
 sys.path.append(str(Path(__file__).parents[1]))  # the modules of the fitting scripts, which are in no package

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import about, out_option
-from tables import (
+from csv_tables import (
     BadInput,
     chosen,
     command,

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 from common import about, out_option
-from tables import BadInput, as_many, command, file_options, files_of, listed
+from csv_tables import BadInput, as_many, command, file_options, files_of, listed
 
 from experiments.phone_gpus import COLUMNS, GPUS, GRAPHS, TABLE, Gpu, PhoneColumns, PhoneTable, read_phone_table
 from predictors.pooled import PENALTY, predict_networks_left_out

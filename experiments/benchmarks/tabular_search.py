@@ -42,9 +42,9 @@ import numpy as np
 import optuna
 import pandas as pd
 from common import RESULTS, about
+from csv_tables import BadInput, joined, matching, read_csv
 from linas import linas
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
-from tables import BadInput, joined, matching, read_csv
 
 from hardware_profiles.files import write_json
 from nas.front import hypervolume
