@@ -98,12 +98,12 @@ class CodeTables:
         if not milliseconds:
             return
         ms = np.exp(log_ms)
-        unit, least = ms.mean(axis=0), LEAST * ms.min(axis=0)  # in units of the mean, ridges weigh as in logarithms
-        entries, constant, left_out_units = _ridge(inputs, ms / unit)
-        errors = (left_out - log_ms) ** 2, (np.log(np.maximum(left_out_units * unit, least)) - log_ms) ** 2
+        least = LEAST * ms.min(axis=0)
+        entries, constant, left_out_ms = _ridge(inputs, ms)
+        errors = (left_out - log_ms) ** 2, (np.log(np.maximum(left_out_ms, least)) - log_ms) ** 2
         better = errors[1].mean(axis=0) < errors[0].mean(axis=0)
         chosen = columns[better]
-        self.entries[:, chosen], self.constant[chosen] = (entries * unit)[:, better], (constant * unit)[better]
+        self.entries[:, chosen], self.constant[chosen] = entries[:, better], constant[better]
         self.least_ms[chosen] = least[better]
 
     def encode(self, codes: np.ndarray) -> np.ndarray:

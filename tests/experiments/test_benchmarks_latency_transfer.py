@@ -117,6 +117,22 @@ def test_negative_latencies_are_refused(
     assert "got others in npu" in capsys.readouterr().err
 
 
+def test_a_devices_own_table_is_not_fitted_on_what_is_asked(script: ModuleType, rng: np.random.Generator) -> None:
+    codes = rng.integers(0, 3, size=(200, 3))
+    latency_ms = np.exp(rng.normal(size=(3, 3))[codes, np.arange(3)].sum(axis=1, keepdims=True))
+    split = script.Split(np.arange(90), np.arange(90, 190))  # and ten of neither
+    found = []
+    for part in (split.queries, np.arange(190, 200)):
+        changed = latency_ms.copy()
+        changed[part] *= rng.uniform(2, 9, size=(len(part), 1))
+        for measured in (latency_ms, changed):
+            table = script.Table(codes, (3,) * 3, (("a", "b", "c"),) * 3, ("it",), measured, None)
+            found.append(script.own_table(script.Task(table, split, 0, np.arange(0), 0, 6))[0])
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0], latency_ms[split.queries, 0], rtol=0.02)
+    assert not np.allclose(found[2], found[3], rtol=0.02)
+
+
 def test_scores(script: ModuleType) -> None:
     actual = np.arange(1.0, 21.0)
     assert script.trimmed(actual[::-1]).tolist() == list(range(17, 1, -1))

@@ -55,3 +55,16 @@ def test_a_network_that_no_price_covers_cannot_be_run_either(tmp_path: Path) -> 
     assert not costs.allowed(costs.space.encode([costs.space.largest])).any()
     wanted = Costs(tiny.space(), [minimize("latency_ms", device)], [], {"toy": device})  # nor where nothing limits it
     assert not wanted.allowed(wanted.space.encode([wanted.space.largest])).any()
+
+
+def test_what_one_device_cannot_run_is_judged_on_the_others(tmp_path: Path) -> None:
+    latency = yaml.safe_load(tiny.device_yaml())["latency"]
+    latency["coefficients_ms"] = {k: v for k, v in latency["coefficients_ms"].items() if "depthwise" not in k}
+    poor, able = ProfiledDevice(tiny.device(tmp_path, "poor", latency=latency)), ProfiledDevice(tiny.device(tmp_path))
+    costs = Costs(
+        tiny.space(), [], [at_most("latency_ms", 1.0, each) for each in (poor, able)], {"poor": poor, "toy": able}
+    )
+    network = costs.space.lower(costs.space.largest)
+    found = costs.violations(network, costs.figures(network))
+    assert found["legal@poor"] >= 1 and found["legal@toy"] == 0
+    assert set(found) == {"legal@poor", "legal@toy", "latency_ms@toy<=1", *map(str, able.memory_limits)}

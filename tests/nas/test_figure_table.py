@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from hardware_profiles import AdditiveModel, features, load_device
+from nas import figure_table
 from nas.candidates import Costs
 from nas.costs import ProfiledDevice, at_least, at_most, maximize
-from nas.figure_table import Estimates
+from nas.figure_table import Estimates, FigureTable
 from predictors import LatencyPredictor
 from search_spaces import FAMILIES, CompactTransformer, MobileNet, SearchSpace
 from tests.nas import tiny
@@ -116,3 +118,25 @@ def test_intervals_are_shares_of_the_value_and_what_cannot_run_stays_infinite() 
     assert [found.judged_by(limit)[0] for limit in limits] == [2.5, 1.5]
     unknown = Estimates.within(value, None)
     assert unknown.low is unknown.high is None and unknown.judged_by(limits[0]) is value
+
+
+def test_the_end_of_an_interval_is_by_the_error_of_the_figure_itself_and_not_below_zero(tmp_path: Path) -> None:
+    latency = yaml.safe_load(tiny.device_yaml())["latency"] | {"relative_error": 1.5}
+    energy = {"origin": "fitted", "source": "made up", "power_mw": 40.0, "relative_error": 0.25, "held_out": {}}
+    device = ProfiledDevice(tiny.device(tmp_path, latency=latency, energy=energy))
+    limits = [
+        made(name, 1.0, device, confidence=0.95) for name in ("latency_ms", "energy_uj") for made in (at_most, at_least)
+    ]
+    table = FigureTable(tiny.space(), {limit.key for limit in limits}, {"toy": device})
+    assert [table.end(limit) for limit in limits] == [2.5, 0.0, 1.25, 0.75]
+    assert table.end(at_most("latency_ms", 1.0, device)) == 1.0
+
+
+def test_many_architectures_are_judged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figure_table, "ROWS_AT_ONCE", 7)
+    space = tiny.space()
+    codes = random_codes(space, 20)
+    macs = [space.lower(space.from_codes(row)).macs for row in codes]
+    limit = at_most("macs", float(np.median(macs)))
+    costs = Costs(space, [maximize("accuracy")], [limit], {})
+    assert costs.allowed(codes).tolist() == [each <= limit.value for each in macs]

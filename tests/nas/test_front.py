@@ -162,6 +162,12 @@ def test_filter_keeps_what_meets_all_limits(front: ParetoFront) -> None:
         front.filter([at_most("sram_bytes", 4, "cpu")])
 
 
+def test_what_left_the_front_is_filtered_too(front: ParetoFront) -> None:
+    others = (point("near", 0.8, 2.5), point("slow", 0.8, 9.0), POINTS[2])
+    kept = replace(front, others=others, left=("near", "slow")).filter([at_most("latency_ms", 4, "cpu")])
+    assert kept.left == ("near",) and [p.id for p in kept.departed] == ["near"]
+
+
 def test_the_knee_is_farthest_from_the_line_through_the_extremes(front: ParetoFront) -> None:
     def distance(p: Evaluation) -> float:
         (x0, y0), (x1, y1) = (0.0, 1.0), (1.0, 0.0)  # e: slowest and best; a: fastest and worst

@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from nas import PredictorGuidedSampler, guided_sampler
-from nas.guided_sampler import UNMEASURED, Grid, common_space, options_of, results_of
+from nas.guided_sampler import UNMEASURED, Grid, SpaceUsedUp, common_space, options_of, results_of
 from predictors.proposals import Domain
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -78,6 +78,38 @@ def test_a_study_with_parameters_of_some_trials_goes_on_once_the_others_are_used
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 60
     assert {trial.params["branch"] for trial in study.trials[20:]} == {"x", "y"}
     assert len({tuple(trial.params.items()) for trial in study.trials}) > 50  # whole numbers may come twice
+
+
+def test_what_is_repeated_is_allowed_and_nothing_is_repeated_where_nothing_is_allowed() -> None:
+    space = {"branch": CategoricalDistribution(("x", "y", "z"))}
+
+    def branching(trial: Trial) -> tuple[float, float]:
+        return trial.suggest_float(trial.suggest_categorical("branch", ["x", "y", "z"]), 0.0, 1.0), 1.0
+
+    some = PredictorGuidedSampler(search_space=space, allowed=lambda codes: codes[:, 0] < 2)
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=some)
+    study.optimize(branching, n_trials=16)
+    assert {trial.params["branch"] for trial in study.trials} == {"x", "y"} and len(study.trials) == 16
+    study.sampler = PredictorGuidedSampler(search_space=space, allowed=lambda codes: codes[:, 0] < 0)
+    with pytest.raises(SpaceUsedUp, match="after 16 trials"):
+        branching(study.ask())
+
+
+def test_functions_of_codes_may_give_lists() -> None:
+    space = {"x": IntDistribution(0, 5), "y": IntDistribution(0, 5)}
+
+    def given(name: str, function: Any) -> list[tuple[object, ...]]:
+        functions = {"canonical": lambda c: c, "allowed": lambda c: c[:, 0] < 4, "exact": {1: lambda c: c[:, 1] * 1.0}}
+        functions |= {name: function(functions[name])}
+        sampler = PredictorGuidedSampler(startup=4, batch=2, search_space=space, **functions)  # type: ignore[arg-type]
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+        study.optimize(lambda t: (t.suggest_int("x", 0, 5) ** 2, t.suggest_int("y", 0, 5)), n_trials=8)
+        return told(study)
+
+    as_arrays = given("allowed", lambda f: f)
+    for name in ("canonical", "allowed"):
+        assert given(name, lambda f: lambda codes: f(codes).tolist()) == as_arrays
+    assert given("exact", lambda f: {1: lambda codes: f[1](codes).tolist()}) == as_arrays
 
 
 @pytest.mark.parametrize(
@@ -294,6 +326,33 @@ def test_a_proposal_is_told_the_reference_as_costs_and_what_runs(monkeypatch: py
     assert len({one, two, three}) == 3 and [each["reference"] for each in told] == [[-5.0, 7.0]] * 2
     assert told[0]["running"] is None and {tuple(row) for row in told[1]["running"].tolist()} == {one, two}
     assert len(told[1]["codes"]) == 4
+
+
+def test_a_retry_is_told_in_the_place_of_the_trial_that_it_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[list[int]]] = []
+
+    def kept(domain: Domain, results: Any, count: int, rng: np.random.Generator, **given: Any) -> np.ndarray:
+        told.append(results.codes.tolist())
+        return np.array([[9, 9], [9, 8]])
+
+    monkeypatch.setattr(guided_sampler, "propose", kept)
+    again = ended(1, 7)
+    again.system_attrs = {"failed_trial": 1, "retry_history": [1], "fixed_params": {"x": 1, "y": 7}}
+    lost, others = ended(1, 7, TrialState.FAIL), [ended(n, n) for n in (2, 3)]
+    for trials in ([ended(0, 0), ended(1, 7), *others], [ended(0, 0), lost, *others, again]):
+        asked(paired(PredictorGuidedSampler(startup=4, batch=2, search_space=PAIR), trials))
+    assert told == [[[0, 0], [1, 7], [2, 2], [3, 3]]] * 2
+
+
+def test_what_a_worker_claims_is_not_proposed_to_another() -> None:
+    """Four of the four there are, before any of the workers has told more than one of the two parameters."""
+    space: dict[str, BaseDistribution] = {name: IntDistribution(0, 1) for name in ("x", "y")}
+    study, trials = paired(PredictorGuidedSampler()), []
+    for _ in range(4):
+        study.sampler = PredictorGuidedSampler(search_space=space, asynchronous=True)
+        trials.append(study.ask())
+        trials[-1].suggest_int("x", 0, 1)
+    assert {(trial.params["x"], trial.suggest_int("y", 0, 1)) for trial in trials} == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
 def test_what_was_enqueued_meanwhile_is_not_proposed_again() -> None:

@@ -13,7 +13,7 @@ import pytest
 from nas.candidates import Costs
 from nas.costs import Infeasible, Limit, ProfiledDevice, maximize
 from nas.dominance import dominated
-from nas.limits import Range, Reachable, reachable
+from nas.limits import Range, Reachable, _not_worse, reachable
 from search_spaces import MobileNet, SearchSpace
 from tests.nas import tiny
 
@@ -293,7 +293,24 @@ def test_a_refusal_that_is_not_proven_says_that_nothing_was_found(listed: Listed
         _limit("macs", "<=", bound),
         _limit("latency_ms@toy", ">=", float(latency[macs <= bound].max()) * 1.05),
     ]
-    with pytest.raises(Infeasible) as caught:
-        listed.judge(limits)
+    alone = [_limit("latency_ms@toy", ">=", float(latency.max()) * 1.05)]
     known = "arena" in listed.devices  # which runs nothing in patches
-    assert str(caught.value).startswith("no architecture meets" if known else "no architecture found meets")
+    for asked in (limits, alone):
+        with pytest.raises(Infeasible) as caught:
+            listed.judge(asked)
+        assert str(caught.value).startswith("no architecture meets" if known else "no architecture found meets")
+
+
+def test_the_share_that_meets_a_limit_is_of_architectures_that_the_seed_draws() -> None:
+    space = small_space()
+    macs = float(np.median([space.lower(architecture).macs for architecture in itertools.islice(space.all(), 200)]))
+    costs = Costs(space, [maximize("accuracy")], [_limit("macs", "<=", macs)], {})
+    first, again, other = (reachable(costs, seed).ranges[0].share for seed in (0, 0, 1))
+    assert first is not None and other is not None and first == again != other
+    assert abs(first - other) < 0.05  # of 4,000 each
+
+
+def test_partial_architectures_are_dropped_only_for_others_at_the_same_state(rng: np.random.Generator) -> None:
+    state, sums = rng.integers(3, size=80), rng.integers(6, size=(80, 3)).astype(float)
+    expected = [i for i in range(80) if not any(state[j] == state[i] and (sums[j] <= sums[i]).all() for j in range(i))]
+    assert _not_worse(state, sums).tolist() == expected and len(expected) < 60

@@ -93,6 +93,40 @@ def test_what_was_not_measured_anew_is_told_from_what_was(drawn: list[Axes], tmp
     assert counts["as the search saw it, not measured anew"] == 3 and counts["not on the front"] == 1
 
 
+def test_what_left_the_front_is_marked_where_it_is(drawn: list[Axes], tmp_path: Path) -> None:
+    plain = front()
+    (worse,) = plain.others
+    replace(plain, others=(worse, replace(worse, id="was best")), left=("was best",)).plot(tmp_path / "front.png")
+    (marks,) = [each for each in drawn[0].collections if each.get_label() == "left the front once measured"]
+    assert np.asarray(marks.get_offsets()).tolist() == [pytest.approx([0.5, 70])]
+
+
+@pytest.mark.parametrize(
+    ("points", "others", "said"),
+    [
+        ([False, False], [False], {"not on the front"}),
+        ([False, False], [True], {"not on the front"}),
+        ([False, False], [], set()),
+        ([True, False], [False], {"as the search saw it, not measured anew"}),
+        ([True, True], [True], {"not on the front"}),
+        ([True, True], [], set()),
+    ],
+)
+def test_others_are_called_by_what_is_known_of_them(
+    points: list[bool], others: list[bool], said: set[str], drawn: list[Axes], tmp_path: Path
+) -> None:
+    """Of points and others, which were measured anew."""
+    plain = front(len(points))
+    anew = {"accuracy": plain.points[0].figures["accuracy"]}
+    shown, rest = (
+        tuple(replace(one, predicted=anew if told else {}) for one, told in zip(those, marks, strict=True))
+        for those, marks in ((plain.points, points), (plain.others * len(others), others))
+    )
+    replace(plain, points=shown, others=rest).plot(tmp_path / "front.png")
+    labels = {text.get_text() for text in drawn[0].get_legend().get_texts()}  # type: ignore[union-attr]
+    assert labels - {"front"} == said
+
+
 def test_other_formats_and_refusals(tmp_path: Path) -> None:
     front().plot(tmp_path / "front.svg")
     assert (tmp_path / "front.svg").read_text().lstrip().startswith("<?xml")

@@ -222,6 +222,23 @@ def test_ten_samples_are_enough_with_the_help_of_known_devices(bench: Bench, tmp
     assert len(bench.calls) == 2 and len(bench.calls[1]) == 10
 
 
+def test_a_shipped_device_does_not_help_to_learn_itself() -> None:
+    every = {known.name for known in module.known_devices(load_device("host-cpu"))}
+    assert {"stm32h743", "adreno540"} <= every
+    assert {known.name for known in module.known_devices(load_device("stm32h743"))} == every - {"stm32h743"}
+
+
+def test_all_of_a_space_is_measured_where_it_has_no_more_than_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer are drawn than there are: the others are picked."""
+    small = tiny.space(
+        depths=(1,), expansions=(1,), strides=(1,), widths=(8,), precisions=("int8",), width_multipliers=(0.5, 1, 2, 4)
+    )
+    noisy = Bench(noise=0.05)
+    monkeypatch.setattr(module, "measure_untrained", noisy)
+    nas.profile(small, load_device("host-cpu"), samples=50, error=0.0)
+    assert len(noisy.calls[0]) == 12 and {a for call in noisy.calls for a in call} == set(small.all())
+
+
 def test_too_few_samples_are_refused(bench: Bench) -> None:
     with pytest.raises(ValueError, match="3 samples are too few"):
         nas.profile(tiny.space(), load_device("host-cpu"), samples=3)

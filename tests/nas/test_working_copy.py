@@ -106,13 +106,14 @@ def test_trials_that_wait_or_run_in_the_storage_end_there_once(kept: BaseStorage
     waiting = copy.ask(SPACE)
     assert waiting.params["depth"] == 3
     waiting.set_user_attr("architecture", "a")
+    copy._storage.set_trial_intermediate_value(waiting._trial_id, 3, 0.75)
     copy.tell(waiting, [0.5, 2.0])
     copy.tell(copy.ask(SPACE), [0.25, 1.0])
     assert [t.state.name for t in study.get_trials()] == ["FAIL", "COMPLETE", "COMPLETE"]
     first, second, third = study.get_trials()
     assert first.params == running.params
     assert second.params == waiting.params and second.values == [0.5, 2.0]
-    assert second.user_attrs == {"why": "nested", "architecture": "a"}
+    assert second.user_attrs == {"why": "nested", "architecture": "a"} and second.intermediate_values == {3: 0.75}
     assert third.values == [0.25, 1.0]
 
 

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge, RidgeCV
 
-from predictors import CodeTables
+from predictors import CodeTables, code_tables
 from predictors.code_tables import PAIR_SCALE, RIDGES
 
 
-def test_looks_up_what_a_loop_adds_up(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("rows_at_once", [7, 100])
+def test_looks_up_what_a_loop_adds_up(
+    rng: np.random.Generator, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_tables, "ROWS_AT_ONCE", rows_at_once)
     options = (2, 3, 4)
     entries = rng.normal(size=(2 + 3 + 4 + 6 + 8 + 12, 2))
     tables = CodeTables(options, True, np.array([0.5, -1.0]), entries, np.full(2, np.nan))
@@ -61,6 +65,53 @@ def test_each_device_gets_the_sum_that_predicts_what_is_left_out(rng: np.random.
     alone = CodeTables.fit(codes, logs)
     np.testing.assert_allclose(tables.log_ms(codes)[:, 1], alone.log_ms(codes)[:, 1])
     assert np.isnan(alone.least_ms).all()
+
+
+def test_sums_are_compared_by_the_squares_of_what_logarithms_are_off(rng: np.random.Generator) -> None:
+    """Of a device that adds up logarithms which differ little, milliseconds are not far off either."""
+    codes = rng.integers(0, 3, size=(150, 12))
+    logs = 0.3 * (rng.uniform(0, 1, size=(3, 12))[codes, np.arange(12)] ** 3).sum(axis=1)
+    tables = CodeTables.fit(codes, (logs + 0.02 * rng.normal(size=150))[:, None], milliseconds=True)
+    assert np.isnan(tables.least_ms).all()
+
+
+def test_a_sum_below_zero_counts_as_the_least(rng: np.random.Generator) -> None:
+    """One architecture is so fast that the others' milliseconds add up to less than nothing for it."""
+    codes = rng.integers(0, 3, size=(150, 12))
+    parts = (rng.uniform(0, 1, size=(3, 12))[codes, np.arange(12)] ** 3).sum(axis=1)
+    latency_ms = np.maximum(parts - parts.min() - 0.15, 0.05)
+    assert (latency_ms == 0.05).sum() == 1
+    assert CodeTables.fit(codes, np.log(latency_ms)[:, None], milliseconds=True).least_ms == pytest.approx([0.025])
+
+
+def test_what_is_left_out_is_predicted_as_by_fitting_the_others(rng: np.random.Generator) -> None:
+    """For a column with much noise and one with little, whose ridges differ."""
+    inputs = rng.normal(size=(25, 6))
+    targets = inputs @ rng.normal(size=(6, 2)) + np.array([3.0, 0.1]) * rng.normal(size=(25, 2)) + 5
+    _, _, left_out = code_tables._ridge(inputs, targets)
+    ridges = []
+    for column in range(2):
+        y, errors = targets[:, column], {}
+        for ridge in RIDGES:
+            again = np.empty(25)
+            for i in range(25):
+                kept = np.arange(25) != i
+                again[i] = Ridge(ridge).fit(inputs[kept], y[kept]).predict(inputs[[i]])[0]
+            errors[ridge] = again
+        best = min(errors, key=lambda ridge: np.square(errors[ridge] - y).mean())
+        ridges.append(best)
+        np.testing.assert_allclose(left_out[:, column], errors[best], rtol=1e-6)
+    assert ridges[0] > ridges[1]
+
+
+def test_pairs_are_used_where_they_are_few_enough_to_fit(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, logs = rng.integers(0, 3, size=(54, 3)), rng.normal(size=(54, 1))
+    assert CodeTables.fit(codes, logs).pairs and not CodeTables.fit(codes[1:], logs[1:]).pairs  # 27 entries
+    for most, pairs in ((27, True), (26, False)):
+        monkeypatch.setattr(code_tables, "MOST_PAIR_ENTRIES", most)
+        assert CodeTables.fit(codes, logs).pairs == pairs
 
 
 def test_fits_as_the_ridge_of_scikit_learn(rng: np.random.Generator) -> None:
@@ -132,6 +183,11 @@ def test_refuses_other_files(tmp_path: Path) -> None:
     np.savez(path, a=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="holds no tables"):
         CodeTables.load(path)
+    for constant, entries in ((2, (4, 2)), (1, (5, 2)), (2, (5, 1)), (2, (5,))):
+        tables = CodeTables((2, 3), False, np.zeros(constant), np.zeros(entries), np.zeros(2))
+        tables.save(path)
+        with pytest.raises(ValueError, match="is damaged"):
+            CodeTables.load(path)
 
 
 def test_refuses_codes_out_of_range(rng: np.random.Generator) -> None:
@@ -141,5 +197,12 @@ def test_refuses_codes_out_of_range(rng: np.random.Generator) -> None:
         tables.log_ms(np.array([[3, 0, 0]]))
     with pytest.raises(ValueError, match=r"shape \(n, 3\)"):
         tables.log_ms(np.array([[0, 0]]))
-    with pytest.raises(ValueError, match="at least 3 measurements"):
-        CodeTables.fit(codes, np.full((30, 1), np.nan))
+    with pytest.raises(ValueError, match=r"integer codes of shape \(n, 3\), got float64"):
+        tables.log_ms(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match=r"log-latencies of shape \(30, devices\), got \(29, 1\)"):
+        CodeTables.fit(codes, np.zeros((29, 1)))
+    for measured in (0, 2):
+        logs = np.zeros((30, 2))
+        logs[measured:, 1] = np.nan
+        with pytest.raises(ValueError, match=f"at least 3 measurements of each device, got {measured}"):
+            CodeTables.fit(codes, logs)

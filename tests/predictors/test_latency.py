@@ -54,32 +54,32 @@ def test_its_table_predicts_codes_as_it_predicts_networks(fitted: LatencyPredict
         LatencyPredictor().table(SPACE)
 
 
-def block_price(network: Network) -> float:
-    """A device that computes eight channels at once, and has a slower kernel for convolutions with fewer."""
+def block_price(network: Network, block: int = 8) -> float:
+    """A device that computes so many channels at once, and has a slower kernel for convolutions with fewer."""
     total = 0.004
     for layer in network.layers:
         if layer.kind == "conv2d":
-            inputs, outputs = (-(-count // 8) * 8 for count in (layer.in_shapes[0][0], layer.out_shape[0]))
+            inputs, outputs = (-(-count // block) * block for count in (layer.in_shapes[0][0], layer.out_shape[0]))
             products = layer.kernel**2 * outputs * (1 if layer.is_depthwise else inputs)
             total += 2e-8 * products * layer.out_shape[1] * layer.out_shape[2]
-            total += 0.002 + 0.003 * (min(layer.in_shapes[0][0], layer.out_shape[0]) < 8)
+            total += 0.002 + 0.003 * (min(layer.in_shapes[0][0], layer.out_shape[0]) < block)
     return total
 
 
 NARROW = MobileNet(resolutions=(8, 12), channels=1, widths=(4, 12, 20), width_multipliers=(0.5, 1.0, 2.0), divisor=4)
 
 
-def narrow(count: int, seed: int) -> tuple[list[Network], list[float]]:
+def narrow(count: int, seed: int, block: int = 8) -> tuple[list[Network], list[float]]:
     rng = np.random.default_rng(seed)
     networks = [NARROW.lower(NARROW.sample(rng)) for _ in range(count)]
-    return networks, [block_price(network) for network in networks]
+    return networks, [block_price(network, block) for network in networks]
 
 
-@pytest.mark.parametrize("given", [None, 8])
-def test_it_finds_how_many_channels_a_device_computes_at_once(given: int | None, tmp_path: Path) -> None:
-    predictor = LatencyPredictor(channel_block=given).fit(*narrow(72, seed=0))
-    networks, latency = narrow(40, seed=1)
-    assert predictor.report()["channel_block"] == 8
+@pytest.mark.parametrize(("given", "block"), [(None, 8), (8, 8), (None, 16)])
+def test_it_finds_how_many_channels_a_device_computes_at_once(given: int | None, block: int, tmp_path: Path) -> None:
+    predictor = LatencyPredictor(channel_block=given).fit(*narrow(72, 0, block))
+    networks, latency = narrow(40, 1, block)
+    assert predictor.report()["channel_block"] == block
     assert [one.mean_ms for one in predictor.predict(networks)] == pytest.approx(latency, rel=0.01)
     codes = NARROW.encode([NARROW.sample(np.random.default_rng(2)) for _ in range(40)])
     single = predictor.predict([NARROW.lower(NARROW.from_codes(row)) for row in codes])

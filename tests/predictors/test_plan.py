@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 
 import numpy as np
+import pytest
 
 from predictors.plan import most_uncertain
 
@@ -13,11 +14,11 @@ def determinant(rows: np.ndarray, ridge: float) -> float:
     return float(np.linalg.det(rows.T @ rows + ridge * np.eye(rows.shape[1])))
 
 
-def test_each_choice_gains_the_most_determinant(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("ridge", [1e-3, 0.3])
+def test_each_choice_gains_the_most_determinant(rng: np.random.Generator, ridge: float) -> None:
     measured, candidates = rng.random((6, 3)), rng.random((9, 3))
     together = np.concatenate([measured, candidates])
     scale = np.sqrt((together**2).mean(axis=0))
-    ridge = 1e-3
     known = measured / scale
     left = set(range(9))
     for chosen in most_uncertain(measured, candidates, 4, ridge):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from hardware_profiles import AdditiveModel
+from hardware_profiles import AdditiveModel, features
+from hardware_profiles.cost_model import shape_features
 from predictors import KnownDevice, choose_networks
 from predictors import prices as module
-from predictors.prices import Amounts, Bases, covariance, fit_prices
+from predictors.prices import Amounts, Bases, bases_of, covariance, fit_prices
 from search_spaces import MobileNet, Network
 
 NAMES = ("conv.fp32.macs", "conv.int8.macs", "pointwise.int8.macs", "pointwise.int8.bytes", module.CONSTANT)
@@ -68,6 +69,53 @@ def test_left_out_predictions_are_nearly_those_of_fitting_again() -> None:
         kept = np.delete(chosen, out)
         again = amounts.matrix[out] @ fit_prices(amounts, kept, latency_ms[kept], bases).prices_ms
         assert fitted.left_out_ms[out] == pytest.approx(again, rel=0.03)
+
+
+def test_left_out_predictions_weigh_price_lists_as_fitting_again_does() -> None:
+    amounts, bases, latency_ms = made(3)
+    chosen = np.arange(8)
+    both = Bases(("one", "other"), np.concatenate([bases.log_prices, bases.log_prices[:, ::-1]]), np.full(2, 0.5))
+    fitted = fit_prices(amounts, chosen, latency_ms[chosen], both)
+    for out in chosen:
+        kept = np.delete(chosen, out)
+        again = amounts.matrix[out] @ fit_prices(amounts, kept, latency_ms[kept], both).prices_ms
+        assert fitted.left_out_ms[out] == pytest.approx(again, rel=0.01)
+
+
+def test_lists_that_disagree_make_the_interval_wider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the law of total variance, from fits around one list each."""
+    monkeypatch.setattr(module, "NOISES", np.array([NOISE]))
+    amounts, bases, latency_ms = made(4)
+    other = bases.log_prices[0] + np.random.default_rng(4).normal(0, 2, len(NAMES))
+    lists, samples = np.stack([bases.log_prices[0], other]), (np.arange(3), latency_ms[:3])
+    both = fit_prices(amounts, *samples, Bases(("one", "other"), lists, np.full(2, 0.5)))
+    within = between = 0.0
+    for name, log_prices in zip(("one", "other"), lists, strict=True):
+        alone = fit_prices(amounts, *samples, Bases((name,), log_prices[None], np.ones(1)))
+        apart = np.log(amounts.matrix @ alone.prices_ms) - np.log(amounts.matrix @ both.prices_ms)
+        within += both.sources[name] * (alone.relative_error / module.Z_90) ** 2
+        between += both.sources[name] * float(np.mean(apart**2))
+    assert both.relative_error == pytest.approx(module.Z_90 * np.sqrt(within + between), rel=1e-3)
+    assert between > 0.3 * within
+
+
+def test_known_devices_share_half_of_the_weight() -> None:
+    amounts, _, _ = made(0)
+    known = [KnownDevice(name, AdditiveModel({"conv.fp32.macs": 1.0})) for name in "abc"]
+    assert bases_of(amounts, (), known[:2]).weights.tolist() == [0.5, 0.25, 0.25]
+    assert bases_of(amounts, (), known[:1]).weights.tolist() == [0.5, 0.5]
+    assert bases_of(amounts, (), ()).weights.tolist() == [1.0]
+
+
+def test_what_a_known_device_has_no_price_for_is_typical_in_its_own_proportion() -> None:
+    """It takes four times what is typical for what it has prices for: 1 MAC at 10 and 3 at 2, instead of 4 at 1."""
+    names = ("conv.fp32.macs", "linear.fp32.count", "linear.fp32.macs", module.CONSTANT)
+    amounts = Amounts(names, np.array([[0.25, 7.0, 2.0, 1.0], [0.75, 9.0, 1.0, 1.0]]))
+    model = AdditiveModel({"conv.fp32.macs": 10.0, "linear.fp32.macs": 2.0})
+    bases = bases_of(amounts, (), [KnownDevice("it", model)])
+    assert bases.names == ("typical", "it")
+    expected = [0.8 * 10 + 0.2 * 4, 4 * 5e3, 0.8 * 2 + 0.2 * 4, 4 * 5e3]
+    np.testing.assert_allclose(np.exp(bases.log_prices), [[1, 5e3, 1, 5e3], expected])
 
 
 def test_a_price_list_that_explains_the_samples_gets_the_weight() -> None:
@@ -144,3 +192,13 @@ def test_the_rest_of_the_samples_are_random(networks: list[Network]) -> None:
     assert choose_networks(networks, 10, 0).tolist() == first
     with pytest.raises(ValueError, match="between 1 and 40 samples, got 41"):
         choose_networks(networks, 41, 0)
+
+
+def test_the_list_of_a_device_that_prices_shapes_adds_up_to_its_latencies(networks: list[Network]) -> None:
+    amounts, rng = Amounts.of(networks), np.random.default_rng(3)
+    names = {name for network in networks for name in (*features(network), *shape_features(network.layers))}
+    model = AdditiveModel({name: float(rng.uniform(1e-6, 2e-6)) for name in sorted(names)}, 0.5)
+    assert model.prices_shapes
+    bases = bases_of(amounts, networks, [KnownDevice("gpu", model)])
+    total = amounts.matrix.sum(axis=0) @ np.exp(bases.log_prices[1])
+    assert total == pytest.approx(sum(model.latency_ms(network) for network in networks))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from statistics import NormalDist
 from typing import Any
 
@@ -169,6 +173,20 @@ def test_linear_algebra_runs_on_one_thread_and_on_as_many_as_before_afterwards(r
     assert len(seen) > 2 and {count for counts in seen for count in counts} == {1}
 
 
+def test_the_library_of_scipy_is_held_to_one_thread_before_anything_else_loads_it() -> None:
+    script = """
+from predictors.proposals import one_thread
+from threadpoolctl import threadpool_info
+with one_thread():
+    import scipy.linalg
+    print([each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"])
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    environment |= {"OPENBLAS_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert set(json.loads(done.stdout)) == {1}
+
+
 def test_an_evolution_goes_on_from_what_promises_most(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +241,29 @@ def test_first_architectures_are_spread_and_end_with_the_space(rng: np.random.Ge
     assert len(domain.first(20, keys(np.array([[0, 0], [3, 1]])), rng)) == 6
 
 
-@pytest.mark.parametrize(("most", "taken"), [(8, []), (0, [[0] * 20])])
+def test_first_ones_of_a_rare_kind_are_random_of_its_kind() -> None:
+    """Random ones do not meet it, and yet they are not the first of all."""
+    domain = Domain((26,) * 3, (False,) * 3, allowed=lambda codes: (codes == codes[:, :1]).all(axis=1))
+    found = [domain.first(5, frozenset(), np.random.default_rng(seed))[:, 0].tolist() for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2] and max(found[0]) > 5 and len(set(found[0])) == 5
+
+
+def test_first_ones_do_not_depend_on_the_order_in_which_others_were_taken() -> None:
+    domain = Domain((4,) * 20, (True,) * 20, allowed=lambda codes: codes[:, :14].sum(axis=1) <= 1)
+    known = [np.r_[np.eye(14, dtype=np.int64)[i % 14], np.unravel_index(i, (4,) * 6)] for i in range(200)]
+    found = []
+    for order in (known, known[::-1]):
+        taken: set[bytes] = set()
+        for row in order:  # one by one: sets of the same are not in the same order
+            taken |= keys(row[None])
+        found.append(domain.first(6, taken, np.random.default_rng(0)))
+    np.testing.assert_array_equal(*found)
+
+
+OUTSIDE = [[3] * 14 + [int(code) for code in f"{number:06}"] for number in range(4444) if max(f"{number}") < "4"]
+
+
+@pytest.mark.parametrize(("most", "taken"), [(8, []), (0, [[0] * 20]), (0, [*OUTSIDE, [0] * 20])])
 def test_regions_that_random_architectures_hardly_meet_have_first_ones_too(
     rng: np.random.Generator, most: int, taken: list[list[int]]
 ) -> None:
@@ -248,6 +288,18 @@ def test_constraints_are_learned(rng: np.random.Generator) -> None:
     assert (proposed[:, 0] > 2).mean() >= 0.75
     nowhere = propose(domain, results_of(codes, costs, codes[:, :1] + 0.5), 2, rng)
     assert len(nowhere) == 2  # nothing is feasible: proposals go on
+
+
+def test_a_constraint_that_was_never_broken_changes_nothing(rng: np.random.Generator) -> None:
+    domain = Domain((6, 6, 6), (True,) * 3)
+    codes = domain.first(40, frozenset(), rng)
+    costs = np.stack([-codes[:, 0] - 0.1 * codes[:, 1], codes[:, 2] * 1.0], axis=1)
+    for told in (codes[:, :1] - 5.0, np.where(codes[:, :1] > 3, np.nan, -1.0)):
+        found, expected = (
+            propose(domain, results_of(codes, costs, constraints), 8, np.random.default_rng(4))
+            for constraints in (told, None)
+        )
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_constraint_is_met_at_zero_and_where_nobody_says_that_it_is_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ def devices(rng: np.random.Generator, count: int, noise: float = 0.02) -> tuple[
     return np.exp(logs), np.exp(logs + noise * rng.normal(size=logs.shape))
 
 
-def oracle(devices: np.ndarray, features: np.ndarray, chosen: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
-    """The averaged prediction (n,) of log-latencies, model by model."""
+def models(
+    devices: np.ndarray, features: np.ndarray, chosen: np.ndarray, log_ms: np.ndarray
+) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
+    """Of each model its weight, and the means and variances (n,) of new measurements of log-latencies."""
     z = np.log(devices) - np.log(devices).mean(axis=0)
     z = np.column_stack([z, z.mean(axis=1)])  # nobody's device: what all have in common
     f = (features - features.mean(axis=0)) / features.std(axis=0) / np.sqrt(features.shape[1])
     count = z.shape[1]
-    total, weights = np.zeros(len(z)), 0.0
     for s, (slope, p), mix, (residual, q), noise in product(
         range(count), [(0.1, 0.8), (0.5, 0.2)], (0.0, 0.7), [(0.0, 0.8), (0.2, 0.2)], np.geomspace(0.01, 0.32, 6)
     ):
@@ -44,8 +46,14 @@ def oracle(devices: np.ndarray, features: np.ndarray, chosen: np.ndarray, log_ms
         covariance = kernel[np.ix_(chosen, chosen)] + noise**2 * np.eye(len(chosen))
         weight = p * q * multivariate_normal(z[chosen, s], covariance).pdf(log_ms)
         mean = z[:, s] + kernel[:, chosen] @ np.linalg.solve(covariance, log_ms - z[chosen, s])
-        total, weights = total + weight * mean, weights + weight
-    return total / weights
+        explained = (kernel[:, chosen] * np.linalg.solve(covariance, kernel[chosen]).T).sum(axis=1)
+        yield weight, mean, np.diag(kernel) - explained + noise**2
+
+
+def oracle(devices: np.ndarray, features: np.ndarray, chosen: np.ndarray, log_ms: np.ndarray) -> np.ndarray:
+    """The averaged prediction (n,) of log-latencies."""
+    weights, means, _ = map(np.array, zip(*models(devices, features, chosen, log_ms), strict=True))
+    return np.asarray(weights @ means / weights.sum())
 
 
 def test_predicts_the_average_over_all_models(rng: np.random.Generator) -> None:
@@ -55,6 +63,20 @@ def test_predicts_the_average_over_all_models(rng: np.random.Generator) -> None:
     predictor = TransferredPredictor().fit(known[:, :4], chosen, measured[chosen, 4], features=features)
     expected = oracle(known[:, :4], features, chosen, np.log(measured[chosen, 4]))
     np.testing.assert_allclose(np.log(predictor.predict(known[:, :4], features).mean_ms), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.2])
+def test_the_spread_is_that_of_new_measurements_around_the_average(rng: np.random.Generator, noise: float) -> None:
+    """Noise, doubt within models and between them: the variance of their mixture, averaged over architectures."""
+    known, measured = devices(rng, 5, noise)
+    features, chosen = rng.normal(size=(81, 3)), rng.choice(81, 5, replace=False)
+    logs = np.log(measured[chosen, 4])
+    predictor = TransferredPredictor().fit(known[:, :4], chosen, measured[chosen, 4], features=features)
+    weights, means, variances = map(np.array, zip(*models(known[:, :4], features, chosen, logs), strict=True))
+    weights /= weights.sum()
+    around = ((means - weights @ means) ** 2 + variances).mean(axis=1)
+    assert predictor.to_json()["spread"] == pytest.approx(np.sqrt(weights @ around), rel=0.02)
+    assert weights @ around > 1.1 * weights @ variances.mean(axis=1)
 
 
 def test_left_out_errors_are_those_of_fitting_again(rng: np.random.Generator) -> None:
@@ -69,6 +91,22 @@ def test_left_out_errors_are_those_of_fitting_again(rng: np.random.Generator) ->
     assert report["samples"] == 6 and report["interval_learned_on"] == "the samples"
     widest = np.abs(again - logs).max()  # six residuals are too few for 90 %
     np.testing.assert_allclose(report["interval"], [np.expm1(-widest), np.expm1(widest)], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("count", "place"), [(8, 8), (9, 9), (10, 10), (19, 18), (20, 19)])
+def test_with_few_known_devices_the_interval_holds_nine_of_ten_samples(
+    rng: np.random.Generator, count: int, place: int
+) -> None:
+    """Counting the new one among them, nine of ten: the largest of 8, the 18th of 19."""
+    known, measured = devices(rng, 3, noise=0.1)
+    chosen = rng.choice(81, count, replace=False)
+    told = measured[chosen, 2]
+    errors = []
+    for i in range(count):
+        again = TransferredPredictor().fit(known[:, :2], np.delete(chosen, i), np.delete(told, i))
+        errors.append(abs(np.log(again.predict(known[:, :2]).mean_ms[chosen[i]] / told[i])))
+    report = TransferredPredictor().fit(known[:, :2], chosen, told).report()
+    assert np.log1p(report["interval"][1]) == pytest.approx(sorted(errors)[place - 1], rel=1e-3)
 
 
 def test_a_copy_of_a_known_device_is_recognised(rng: np.random.Generator) -> None:
@@ -120,23 +158,47 @@ def test_known_devices_are_sampled_as_the_new_one_was(rng: np.random.Generator) 
     predictor = TransferredPredictor().fit(
         known[:, :6], chosen, measured[chosen, 6], groups=groups, measured_ms=measured[:, :6], choose=choose
     )
-    ratios, weights = [], []
-    for s, (told, rows) in enumerate(seen[1:]):
-        others = [t for t in range(6) if groups[t] != groups[s]]
-        z = np.log(known[:, others])
+    for s, (told, _) in enumerate(seen[1:]):
+        z = np.log(known[:, [t for t in range(6) if groups[t] != groups[s]]])
         np.testing.assert_allclose(told, z - z.mean(axis=0), atol=1e-9)
-        alone = TransferredPredictor().fit(known[:, others], rows, measured[rows, s])
-        rest = np.setdiff1d(np.arange(81), rows)
-        error = np.abs(np.log(measured[rest, s] / alone.predict(known[:, others]).mean_ms[rest]))
-        ratios.append(error / alone.to_json()["spread"])
-        weights.append(np.full(len(rest), 1 / groups.count(groups[s]) / len(rest)))
-    assert len(ratios) == 6
-    order = np.argsort(np.concatenate(ratios))
-    passed = np.cumsum(np.concatenate(weights)[order]) >= 0.9 * 5 - 1e-9
-    factor = np.concatenate(ratios)[order][np.flatnonzero(passed)[0]]
+    assert len(seen) == 7
+    factor = learned(known, measured, groups, [rows for _, rows in seen[1:]])
     assert np.log1p(predictor.report()["interval"][1]) == pytest.approx(
         factor * predictor.to_json()["spread"], rel=0.02
     )
+
+
+def learned(known: np.ndarray, measured: np.ndarray, groups: list[str], rows: list[np.ndarray]) -> float:
+    """Errors over spreads of known devices, each fitted at its rows: how large nine of ten are, machines alike."""
+    ratios, weights = [], []
+    for s, group in enumerate(groups):
+        others = [t for t, other in enumerate(groups) if other != group]
+        alone = TransferredPredictor().fit(known[:, others], rows[s], measured[rows[s], s])
+        rest = np.setdiff1d(np.flatnonzero(np.isfinite(measured[:, s])), rows[s])
+        error = np.abs(np.log(measured[rest, s] / alone.predict(known[:, others]).mean_ms[rest]))
+        ratios.append(error / alone.to_json()["spread"])
+        weights.append(np.full(len(rest), 1 / groups.count(group) / len(rest)))
+    order = np.argsort(np.concatenate(ratios))
+    passed = np.cumsum(np.concatenate(weights)[order]) >= 0.9 * len(set(groups)) - 1e-9
+    return float(np.concatenate(ratios)[order][np.flatnonzero(passed)[0]])
+
+
+def test_known_devices_teach_by_what_was_measured_on_them(rng: np.random.Generator) -> None:
+    """With holes in the measurements of two devices; a third, with three samples measured, teaches nothing."""
+    known, measured = devices(rng, 8, noise=0.05)
+    chosen = rng.choice(81, 10, replace=False)
+    told, rest = measured[chosen, 7], np.setdiff1d(np.arange(81), chosen)
+    measured[chosen[:6], 0] = measured[rest[:50], 1] = measured[chosen[3:], 6] = np.nan
+    predictor = TransferredPredictor().fit(known[:, :7], chosen, told, measured_ms=measured[:, :7])
+    assert predictor.report()["interval_learned_on"] == 6
+    without = TransferredPredictor().fit(known[:, :6], chosen, told, measured_ms=measured[:, :6])
+    rows = [chosen[6:], *[chosen] * 5]
+    factor = learned(known, measured, list("abcdef"), rows)
+    width, spread = np.log1p(without.report()["interval"][1]), without.to_json()["spread"]
+    assert without.report()["interval_learned_on"] == 6 and width == pytest.approx(factor * spread, rel=0.02)
+    measured[chosen[3:], 2:6] = np.nan  # three are left
+    predictor.fit(known[:, :7], chosen, told, measured_ms=measured[:, :7])
+    assert predictor.report()["interval_learned_on"] == "the samples"
 
 
 def test_devices_of_one_machine_do_not_vouch_for_each_other(rng: np.random.Generator) -> None:
@@ -178,8 +240,10 @@ def test_tables_say_what_the_predictor_says(rng: np.random.Generator) -> None:
         predictor = TransferredPredictor().fit(source_ms, chosen, measured[chosen, 5], features=more)
         expected = predictor.predict(source_ms, more).mean_ms
         np.testing.assert_allclose(np.exp(predictor.tables(tables).log_ms(CODES)[:, 0]), expected, rtol=1e-9)
-    with pytest.raises(ValueError, match="expected tables of 5 devices"):
+    with pytest.raises(ValueError, match="expected tables of 5 devices with 12 entries, got 4 devices and 12 entries"):
         predictor.tables(CodeTables.fit(CODES, np.log(known[:, :4])))
+    with pytest.raises(ValueError, match="expected tables of 5 devices with 12 entries, got 5 devices and 36 entries"):
+        predictor.tables(CodeTables.fit(CODES[:, :3], np.log(known[:, :5])))
 
 
 def test_the_first_half_of_the_samples_is_the_least_known(rng: np.random.Generator) -> None:
@@ -199,6 +263,7 @@ def test_the_first_half_of_the_samples_is_the_least_known(rng: np.random.Generat
     assert len(set(chosen.tolist())) == 10
     assert np.array_equal(chosen, choose_samples(known, 10, seed=3))
     assert not np.array_equal(chosen[5:], choose_samples(known, 10, seed=4)[5:])
+    assert all(choose_samples(known, 5, seed)[:3].tolist() == expected[:3] for seed in range(3))
 
 
 def test_saves_and_loads(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -221,6 +286,8 @@ def test_saves_and_loads(rng: np.random.Generator, tmp_path: Path) -> None:
         ({"schema": "fitnest.latency_predictor"}, "not a saved transferred predictor"),
         ({"version": 0}, "version 0, this program reads 1"),
         ({"coefficients": [1.0]}, "damaged transferred predictor"),
+        ({"weights": [1.0]}, "damaged transferred predictor"),
+        ({"feature_scale": [1.0]}, "damaged transferred predictor"),
         ({"half_width": None}, "damaged transferred predictor"),
     ],
 )
@@ -263,5 +330,18 @@ def test_says_what_is_wrong(rng: np.random.Generator) -> None:
     predictor = TransferredPredictor().fit(known, np.arange(4), measured[:4, 0])
     with pytest.raises(ValueError, match=r"source_ms of shape \(81, 3\)"):
         predictor.predict(known[:, :2])
+    with pytest.raises(ValueError, match="positive latencies of the known devices"):
+        predictor.predict(-known)
+    with pytest.raises(ValueError, match=r"features of shape \(81, 0\), got \(81, 1\)"):
+        predictor.predict(known, np.zeros((81, 1)))
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"features": np.full((81, 1), np.nan)}, r"finite features of shape \(81, d\), got \(81, 1\)"),
+        ({"measured_ms": measured[:, :2]}, r"measurements of shape \(81, 3\), got \(81, 2\)"),
+        ({"names": ["a", "b"]}, "names of 3 known devices, got 2"),
+        ({"groups": list("abcd")}, "groups of 3 known devices, got 4"),
+    ]
+    for given, said in refused:
+        with pytest.raises(ValueError, match=said):
+            TransferredPredictor().fit(known, np.arange(4), measured[:4, 0], **given)
     with pytest.raises(ValueError, match="between 1 and 81 samples"):
         choose_samples(known, 82, seed=0)
