@@ -327,8 +327,8 @@ class Run:
         Raises UnknownFigure where nothing is called so, or several architectures are.
         """
         earlier = self._earlier_fronts()
-        fronts = [(None, self.front), *((path, ParetoFront.load(path)) for path in earlier)]
-        for path, front in fronts:
+        for path in (None, *earlier):
+            front = self.front if path is None else ParetoFront.load(path)
             found = [each for each in (*front.points, *front.others) if each.id.startswith(id_)]
             if found and path is not None:
                 log.info("%s is of an earlier front, %s", id_, path)
