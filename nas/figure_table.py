@@ -236,7 +236,8 @@ class FigureTable:
     def linear(self, key: str) -> Linear | None:
         """How a figure is a sum over columns; None where it is not. Of what runs in patches it is a lower bound."""
         name, device = _part_of(key)
-        if (name, device) not in self.sums or device in self._transferred or self.is_lowered(key):
+        is_transferred = name == "latency_ms" and device in self._transferred
+        if (name, device) not in self.sums or is_transferred or self.is_lowered(key):
             return None
         column = self.sums.index((name, device))
         constant = 0.0

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 MOST_OPTIONS = 32  # of a number; one with more values is searched on so many of them
 SHARE = 10  # a generation is at least one of so many parts of the trials before it
+NOTICE_S = 30.0  # of waiting, after which a trial says what it waits for
 QUEUE_PATIENCE_S = 2.0  # for a trial that waits in the queue while none that runs is waited for
 CLAIM = "guided:claim"
 UNMEASURED = "unmeasured"  # user attribute: the values of a trial stand for nothing
@@ -258,6 +259,7 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
     def _history(self, study: Study, trial: FrozenTrial) -> _History:
         """What the generation of a trial rests on, once that is finished."""
         began = stirred = time.monotonic()
+        said = False
         while True:
             trials = study.get_trials(deepcopy=False)
             first, _, _ = self._place(trials, trial)
@@ -276,8 +278,21 @@ class PredictorGuidedSampler(optuna.samplers.BaseSampler):
                 return _History(
                     tuple(sorted((t for t in current if t.state.is_finished()), key=_root)), tuple(unfinished)
                 )
+            if not said and now - began > NOTICE_S:
+                said = True
+                self._tell_of_waiting(trial, unfinished)
             time.sleep(self._poll_s)
             fail_stale(study)
+
+    def _tell_of_waiting(self, trial: FrozenTrial, unfinished: Sequence[FrozenTrial]) -> None:
+        log.warning(
+            "trial %d waits up to %.0f s for what trials %s find. If a process was killed in one of them, tell the "
+            "study that it failed: study.tell(%d, state=optuna.trial.TrialState.FAIL); storages with heartbeats do so",
+            trial.number,
+            self._patience_s,
+            ", ".join(str(each.number) for each in unfinished),
+            unfinished[0].number,
+        )
 
     def _in_place(self, study: Study, trial: FrozenTrial, grid: Grid, domain: Domain) -> np.ndarray:
         """The proposal at the trial's place in its generation; another one where a trial enqueued since has it."""

@@ -418,7 +418,7 @@ class _Judge:
     def _descended(self, score: Score, starts: Sequence[np.ndarray], lowered: bool, enough: float) -> np.ndarray:
         """The codes of least score that changes of one choice lead to, from `starts`, the extremes and random codes."""
         some = self.random[: 16 if lowered else 256]
-        codes = np.concatenate([np.reshape(starts, (-1, len(self.legal))), self.extremes, some])
+        codes = np.concatenate([np.array(starts, np.int64).reshape(-1, len(self.legal)), self.extremes, some])
         scores = score(codes, math.inf)
         ends = [
             self._down(codes[i], float(scores[i]), score, MOST_STEPS_LOWERED if lowered else MOST_STEPS, enough)

@@ -17,7 +17,7 @@ from nas.profile import (
     provenance_of,
     shuffled_spread,
     untrained_model,
-    warn_of_seconds,
+    warn_of_doubtful,
 )
 from predictors import LatencyPredictor
 from search_spaces import SearchSpace
@@ -72,7 +72,7 @@ def profile_measured(space: SearchSpace, device: DeviceProfile, path: Path, *, s
     source = {"file": path.name, "sha256": sha256_of(path)}
     if len(measured) < FEWEST_SAMPLES:
         return ProfiledDevice(device, fit_few(space, device, measured, seed=seed, source=source))
-    warn_of_seconds(space, device, measured)
+    warn_of_doubtful(space, device, measured)
     predictor = LatencyPredictor(seed=seed).fit(
         [space.lower(one) for one in measured],
         [one.latency_ms for one in measured.values()],

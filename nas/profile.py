@@ -39,6 +39,7 @@ RECORD_SCHEMA = "fitnest.measurements.1"
 # Far above what networks of a batch of one reach on any device of the kind, so that milliseconds are never doubted:
 # a Cortex-M7 of 480 MHz has 2 MACs a cycle, sixteen cores with VNNI 128 each, the largest chips for phones and cars
 # promise some 1e14 operations a second and reach a fraction of it.
+ALIKE = 1e-3  # latencies that differ by a smaller share say nothing of their networks
 MOST_MACS_PER_S = {"mcu": 5e9, "cpu": 2e12, "gpu": 1e13, "npu": 5e13}
 
 
@@ -107,7 +108,7 @@ def profile(
         reached = history[-1][1]
         log.info("%d subnets measured: 90 %% of those left out are within %.1f %%", len(plan.measured), 100 * reached)
         if reached <= error or not plan.extend(predictor, [found[str(one)].latency_ms for one in plan.measured]):
-            warn_of_seconds(space, device, {one: found[str(one)] for one in plan.measured})
+            warn_of_doubtful(space, device, {one: found[str(one)] for one in plan.measured})
             return ProfiledDevice(device, predictor)
 
 
@@ -145,7 +146,7 @@ def fit_few(
     source: Mapping[str, str] | None = None,
 ) -> NewDevicePredictor:
     """A predictor from few measurements; `source` is added to its provenance."""
-    warn_of_seconds(space, device, measured)
+    warn_of_doubtful(space, device, measured)
     everything = list(dict.fromkeys([*measured, *_pool(space, device, seed)]))
     networks = [space.lower(one) for one in everything]
     latency_ms = [one.latency_ms for one in measured.values()]
@@ -235,8 +236,16 @@ def _fit(
     return predictor
 
 
-def warn_of_seconds(space: SearchSpace, device: DeviceProfile, measured: Mapping[Architecture, Measurement]) -> None:
-    """Warn of latencies that are too short to be milliseconds on a device of this kind."""
+def warn_of_doubtful(space: SearchSpace, device: DeviceProfile, measured: Mapping[Architecture, Measurement]) -> None:
+    """Warn of latencies that are all the same, or too short to be milliseconds on a device of this kind."""
+    latency_ms = np.array([one.latency_ms for one in measured.values()])
+    if len(latency_ms) > 1 and np.ptp(latency_ms) <= ALIKE * latency_ms.mean():
+        log.warning(
+            "%s: all %d networks take %.4g ms, whatever their size; does what measures them run the model it is given?",
+            device.name,
+            len(latency_ms),
+            latency_ms.mean(),
+        )
     median = float(np.median([space.lower(one).macs / (one_ms.latency_ms / 1000) for one, one_ms in measured.items()]))
     most = MOST_MACS_PER_S[device.kind]
     if median > most:

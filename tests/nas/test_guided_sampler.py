@@ -328,6 +328,20 @@ def test_a_proposal_is_told_the_reference_as_costs_and_what_runs(monkeypatch: py
     assert len(told[1]["codes"]) == 4
 
 
+def test_a_trial_that_waits_long_says_for_what(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guided_sampler, "NOTICE_S", 0.05)
+    sampler = PredictorGuidedSampler(startup=2, batch=2, search_space=PAIR, poll_s=0.01, patience_s=0.3)
+    study = paired(sampler, [ended(0, 0), ended(1, 7)])
+    study.ask()
+    study.ask()  # the generation after the first; neither ends
+    assert "waits" not in caplog.text
+    asked(study)
+    waits = [message for message in caplog.messages if "waits up to 0 s for what trials 2, 3 find" in message]
+    assert len(waits) == 1 and "study.tell(2, state=optuna.trial.TrialState.FAIL)" in waits[0]
+
+
 def test_a_retry_is_told_in_the_place_of_the_trial_that_it_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[list[int]]] = []
 

@@ -16,9 +16,11 @@ import pytest
 import yaml
 
 from hardware_profiles import load_device
+from nas.candidates import Costs
 from nas.cli import BAD_INPUT, DONE, main
 from nas.config import BadExperiment, DeviceSettings
-from nas.costs import ProfiledDevice
+from nas.costs import Infeasible, ProfiledDevice, at_most, maximize
+from nas.limits import reachable
 from nas.offline import profile_measured
 from nas.pipeline import Run
 from nas.profile import informative
@@ -100,6 +102,16 @@ def test_a_plan_is_measured_and_becomes_a_profile(
     fresh = [run.space.sample(rng) for _ in range(40)]
     predicted = [device.figure(run.space.lower(one), "latency_ms").value for one in fresh]
     assert np.median(np.abs(np.array(predicted) / [true_ms(run, one) for one in fresh] - 1)) < 0.05
+    figures = [device.figure(run.space.lower(one), "latency_ms") for one in fresh]
+    for value in (min(figure.high or 0.0 for figure in figures), min(predicted) / 9):
+        limits = [at_most("latency_ms", value, device, confidence=0.95)]
+        costs = Costs(run.space, [maximize("accuracy")], limits, {"board": device})
+        if value < min(predicted):
+            with pytest.raises(Infeasible, match="what binds is latency_ms@board"):
+                reachable(costs)
+        else:
+            met = device.figure(run.space.lower(reachable(costs).architecture), "latency_ms")
+            assert met.high is not None and met.high <= value
     with pytest.raises(BadExperiment, match=r"profiled on the measurements in plan\.csv; give --measurements again"):
         again.profile(DeviceSettings(str(board)))
 
@@ -145,8 +157,9 @@ def test_equal_latencies_have_no_rank_correlation(
     path = tmp_path / "equal.csv"
     with path.open("w", newline="") as stream:
         csv.writer(stream).writerows([("architecture", "latency_ms"), *((str(one), 3.0) for one in some)])
-    code, out, _ = call(capsys, "profile", run.folder, "--device", board, "--measurements", path)
+    code, out, err = call(capsys, "profile", run.folder, "--device", board, "--measurements", path)
     assert code == DONE and "rank correlation not defined (all latencies or all predictions are equal)" in out
+    assert f"all {count} networks take 3 ms, whatever their size" in err
     report = json.loads((run.folder / "devices" / "board.json").read_text())["report"]
     assert report["networks"] == count and report["spearman"] is None
 
