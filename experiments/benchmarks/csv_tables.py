@@ -26,9 +26,22 @@ MACS = re.compile(r"(^|_)(macs|flops)(_|$)", re.IGNORECASE)
 
 def read_csv(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(path)
+        frame = pd.read_csv(path)
     except (OSError, ValueError, EOFError, zlib.error) as error:  # pandas' errors of reading are ValueErrors
         raise BadInput(f"{path} cannot be read as CSV ({' '.join(str(error).split())})") from None
+    if frame.empty:
+        raise BadInput(f"{path} has a header and no rows; expected a row an architecture or a measurement")
+    return frame
+
+
+def check_numbers(frame: pd.DataFrame, names: Sequence[str], where: object) -> None:
+    """Refuse columns of numbers that have some text in them, with the line of the first."""
+    for name in names:
+        if name in frame and not pd.api.types.is_numeric_dtype(frame[name]):
+            wrong = (frame[name].notna() & pd.to_numeric(frame[name], errors="coerce").isna()).to_numpy()
+            if 0 < wrong.sum() < len(frame) / 10:
+                row = int(wrong.argmax())
+                raise BadInput(f"{where}: line {row + 2}: {name}: expected a number, got {frame[name].iloc[row]!r}")
 
 
 def joined(frame: pd.DataFrame, other: pd.DataFrame, on: str | None, path: Path, otherwise: str = "") -> pd.DataFrame:

@@ -49,7 +49,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import about
-from csv_tables import BadInput, joined, latency_names, listed, macs_column, matching, read_csv, turned
+from csv_tables import BadInput, check_numbers, joined, latency_names, listed, macs_column, matching, read_csv, turned
 
 from hardware_profiles.files import write_json
 from predictors import CodeTables, TransferredPredictor, choose_samples
@@ -370,6 +370,8 @@ def read_table(asked: argparse.Namespace) -> Table:
             device_names += more
         frame = joined(frame, other, asked.on, path, ", or --device-column")
     columns = matching(frame, asked.architecture_columns)
+    if asked.device_column is None:
+        check_numbers(frame, [str(name) for name in frame.columns if name not in columns], asked.table)
     wanted = [*listed(asked.source_devices), *listed(asked.target_devices)]
     candidates = [name for name in device_names if name not in columns]
     devices = tuple(dict.fromkeys([*wanted, *(() if asked.source_devices else candidates)]))

@@ -42,7 +42,7 @@ import numpy as np
 import optuna
 import pandas as pd
 from common import RESULTS, about
-from csv_tables import BadInput, joined, matching, read_csv
+from csv_tables import BadInput, check_numbers, joined, matching, read_csv
 from linas import linas
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
@@ -331,6 +331,7 @@ def named(text: str, frame: pd.DataFrame) -> tuple[str, float]:
     name, _, direction = text.rpartition(":")
     if direction not in ("max", "min"):
         raise BadInput(f"{text!r}: expected NAME:max or NAME:min")
+    check_numbers(frame, [name], "the table")
     if name not in frame or not pd.api.types.is_numeric_dtype(frame[name]):
         numeric = ", ".join(map(str, frame.select_dtypes("number").columns))
         raise BadInput(f"no column of numbers {name!r}; there are {numeric}")

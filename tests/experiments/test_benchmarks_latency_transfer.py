@@ -194,3 +194,17 @@ def test_a_numeric_column_may_be_the_single_number_even_of_devices_with_architec
     result = json.loads(capsys.readouterr().out)
     assert {told["counted"] for told in result["targets"].values()} == {"choice 0"}
     assert result["methods"]["count"]["spearman_untrimmed_mean"] > 0.9
+
+
+def test_a_word_among_latencies_is_refused_with_its_line_and_a_table_without_rows_too(
+    script: ModuleType, frame: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content, said in (
+        (frame.astype({"npu": object}), "line 9: npu: expected a number, got 'abc'"),
+        (frame.iloc[:0], "has a header and no rows"),
+    ):
+        if len(content):
+            content.loc[7, "npu"] = "abc"
+        assert script.main(["--table", written(tmp_path, content, "bad.csv"), *ARGUMENTS]) == 2
+        told = capsys.readouterr()
+        assert not told.out and told.err.count("\n") == 1 and said in told.err
