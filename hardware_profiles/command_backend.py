@@ -275,6 +275,15 @@ class _Campaign:
         return now_ms
 
     def _lose(self, seconds: float, now_ms: float) -> None:
+        if not self.lost_s:
+            log.info(
+                "%s is in a slow phase: its anchor network takes %.4g ms, at best %.4g; visits are repeated until it "
+                "is over, up to %.0f s in all",
+                self.backend.device,
+                now_ms,
+                self.best_ms,
+                self.backend.patience_s,
+            )
         self.lost_s += seconds
         if self.lost_s > self.backend.patience_s:
             anew = f"; if it has truly become slower, delete {self.record}" if self.record else ""

@@ -263,7 +263,7 @@ class Run:
                 f"{described.name} is measured by a command, which only 'nas profile' runs: "
                 f"read it ({command.command}), then run 'nas profile {self.folder} --device {settings.name}'"
             )
-        log.info("profiling %s: measuring at most %d subnets", described.name, settings.samples)
+        log.info("profiling %s: measuring at most %d subnets, the extremes aside", described.name, settings.samples)
         if command is not None:
             log.info("each by the command: %s", command.command)
         with stage(self.folder, "profile"):

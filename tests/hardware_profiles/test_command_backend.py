@@ -126,7 +126,10 @@ def test_provenance_is_what_the_user_says(models: Mapping[str, bytes], attach: C
 
 
 def test_rounds_beside_a_slow_anchor_are_made_again(
-    models: Mapping[str, bytes], attach: Callable[[_Device], _Device], pauses: list[float]
+    models: Mapping[str, bytes],
+    attach: Callable[[_Device], _Device],
+    pauses: list[float],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     anchors = iter([1.0, 1.05, 1.3, 1.2, 1.05, 1.0])  # round 1; round 2 is spoiled; still slow after a pause; round 3
     device = attach(_Device(lambda name: next(anchors) if name == "anchor" else (100.0 if spoiled() else 5.0)))
@@ -134,7 +137,12 @@ def test_rounds_beside_a_slow_anchor_are_made_again(
     def spoiled() -> bool:
         return device.times("small") == 2
 
-    measured = _backend(repeats=2, pause_s=1.0).measure({"small": models["small"]})["small"]
+    with caplog.at_level("INFO"):
+        measured = _backend(repeats=2, pause_s=1.0).measure({"small": models["small"]})["small"]
+    slow = [
+        message for message in caplog.messages if "board is in a slow phase: its anchor network takes 1.3 ms" in message
+    ]
+    assert len(slow) == 1
     assert device.visits == ["anchor", "small", "anchor", "small", "anchor", "anchor", "anchor", "small", "anchor"]
     assert (measured.latency_ms, measured.p95_ms, measured.rounds, measured.outliers) == (5.0, 5.0, 2, 0)
     assert pauses == [1.0, pytest.approx(1.6)]
