@@ -36,10 +36,10 @@ CANDIDATES = 400  # subnets that are looked at for the least certain
 RECORD_SCHEMA = "fitnest.measurements.1"
 
 
+ALIKE = 1e-3  # latencies that differ by a smaller share say nothing of their networks
 # Far above what networks of a batch of one reach on any device of the kind, so that milliseconds are never doubted:
 # a Cortex-M7 of 480 MHz has 2 MACs a cycle, sixteen cores with VNNI 128 each, the largest chips for phones and cars
 # promise some 1e14 operations a second and reach a fraction of it.
-ALIKE = 1e-3  # latencies that differ by a smaller share say nothing of their networks
 MOST_MACS_PER_S = {"mcu": 5e9, "cpu": 2e12, "gpu": 1e13, "npu": 5e13}
 
 

@@ -370,9 +370,10 @@ def read_table(asked: argparse.Namespace) -> Table:
             device_names += more
         frame = joined(frame, other, asked.on, path, ", or --device-column")
     columns = matching(frame, asked.architecture_columns)
-    if asked.device_column is None:
-        check_numbers(frame, [str(name) for name in frame.columns if name not in columns], asked.table)
     wanted = [*listed(asked.source_devices), *listed(asked.target_devices)]
+    if asked.device_column is None:
+        others = [str(name) for name in frame.columns if name not in columns]
+        check_numbers(frame, wanted if asked.source_devices else others, asked.table)
     candidates = [name for name in device_names if name not in columns]
     devices = tuple(dict.fromkeys([*wanted, *(() if asked.source_devices else candidates)]))
     for name in devices:
