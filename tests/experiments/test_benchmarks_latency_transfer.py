@@ -208,3 +208,7 @@ def test_a_word_among_latencies_is_refused_with_its_line_and_a_table_without_row
         assert script.main(["--table", written(tmp_path, content, "bad.csv"), *ARGUMENTS]) == 2
         told = capsys.readouterr()
         assert not told.out and told.err.count("\n") == 1 and said in told.err
+    content = frame.astype({"npu": object})
+    content.loc[7, "npu"] = "abc"  # of a device that nobody asks for
+    named = ["--source-devices", "cpu,phone,gpu_1", "--json"]
+    assert script.main(["--table", written(tmp_path, content, "bad.csv"), *ARGUMENTS, *named]) == 0
